@@ -1,0 +1,214 @@
+"""The configuration of one run: one YAML file is one complete run.
+
+Frozen pydantic models; every field has its unit and meaning in its description. Loading files,
+overrides and error messages live in ``config_load.py``.
+"""
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+
+AUTO = "auto"
+Auto = Literal["auto"]
+Precision = Literal["fp32", "bf16"]
+
+
+def _parse_sizes(value: Any) -> Any:
+    """'64MiB' -> 67108864; numbers pass through."""
+    if not isinstance(value, str):
+        return value
+    units = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
+    units |= {"KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "TiB": 2**40}
+    text = value.strip()
+    for unit in sorted(units, key=len, reverse=True):
+        if text.endswith(unit):
+            number = float(text[: -len(unit)])
+            return round(number * units[unit])
+    return value
+
+
+Bytes = Annotated[int, BeforeValidator(_parse_sizes), Field(ge=0)]
+
+
+class Section(BaseModel):
+    """Base of all sections: immutable, and an unknown key is an error."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+
+class TrainConfig(Section):
+    """How long to train and what to do along the way."""
+
+    steps: int = Field(ge=1)
+    """Number of optimizer updates in the whole run."""
+    eval_every: int = Field(default=0, ge=0)
+    """Evaluate on the held-out split every this many steps; 0 = only at the end."""
+    eval_batches: int = Field(default=8, ge=0)
+    """Global batches per evaluation; 0 = never evaluate."""
+    sample_tokens: int = Field(default=0, ge=0)
+    """Tokens of text to generate at the end of the run, as a look at what was learnt; 0 = none."""
+    grace_s: float = Field(default=60.0, gt=0)
+    """Seconds that a run asked to stop may take to finish its step and save."""
+
+
+class ModelConfig(Section):
+    """The built-in Llama-style decoder, or a model of your own through ``factory``."""
+
+    factory: str | None = None
+    """'pkg.module:function' that returns an nn.Module mapping tokens (B, L) to logits (B, L, V)."""
+    factory_args: dict[str, Any] = Field(default_factory=dict)
+    """Keyword arguments for ``factory``; it also gets ``vocab_size`` and ``seq_len``."""
+    vocab_size: int | Auto = AUTO
+    """Rows of the embedding; auto = the tokenizer's, rounded up to a multiple of 64."""
+    dim: int = Field(default=256, ge=1)
+    """Width of the residual stream."""
+    layers: int = Field(default=4, ge=1)
+    """Number of decoder blocks."""
+    heads: int = Field(default=8, ge=1)
+    """Query heads; ``dim`` is a multiple of it."""
+    kv_heads: int | Auto = AUTO
+    """Key/value heads (grouped-query attention); auto = ``heads``."""
+    ffn_dim: int | Auto = AUTO
+    """Hidden width of SwiGLU; auto = 8/3 of ``dim``, rounded up to a multiple of 64."""
+    rope_theta: float = Field(default=10000.0, gt=0)
+    """Base of the rotary position frequencies."""
+    norm_eps: float = Field(default=1e-5, gt=0)
+    """Epsilon of RMSNorm."""
+    init_std: float = Field(default=0.02, gt=0)
+    """Standard deviation of the initial weights (output projections: divided by sqrt(2 layers))."""
+    tie_embeddings: bool = False
+    """Use the input embedding as the output head."""
+    dropout: float = Field(default=0.0, ge=0, lt=1)
+    """Residual dropout; a pure function of seed and position, hence the same on every layout."""
+
+    @model_validator(mode="after")
+    def _shapes_fit(self) -> "ModelConfig":
+        if self.dim % self.heads:
+            raise ValueError(
+                f"model.dim={self.dim} is not a multiple of model.heads={self.heads}"
+            )
+        if (self.dim // self.heads) % 2:
+            raise ValueError(
+                f"model.dim/model.heads = {self.dim // self.heads} is odd; rotary positions need "
+                "an even head width"
+            )
+        if self.kv_heads != AUTO and self.heads % self.kv_heads:
+            raise ValueError(
+                f"model.heads={self.heads} is not a multiple of model.kv_heads={self.kv_heads}"
+            )
+        return self
+
+
+class DataConfig(Section):
+    """Where tokens come from and how they are cut into batches."""
+
+    source: str | list[str] = "stdlib"
+    """'stdlib' (sources of the Python standard library), or text files, folders or globs."""
+    tokenizer: str = "bytes"
+    """'bytes', or the path of a Hugging Face ``tokenizer.json``."""
+    seq_len: int = Field(default=256, ge=2)
+    """Tokens per sample."""
+    global_batch: int = Field(default=16, ge=1)
+    """Samples per optimizer update, over all ranks."""
+    micro_batch: int | Auto = AUTO
+    """Samples per rank and forward pass; auto = all of the rank's share (no accumulation)."""
+    held_out: float = Field(default=0.02, ge=0, lt=0.5)
+    """Fraction of the tokens kept out of training for evaluation."""
+
+
+class OptimConfig(Section):
+    """AdamW and its learning-rate schedule."""
+
+    lr: float = Field(default=3e-4, gt=0)
+    """Peak learning rate."""
+    schedule: Literal["cosine", "wsd", "constant"] = "cosine"
+    """Shape after warm-up: cosine decay, warm-up-stable-decay, or constant."""
+    warmup_steps: int = Field(default=0, ge=0)
+    """Steps of linear warm-up from 0."""
+    decay_steps: int | Auto = AUTO
+    """Length of the final decay: auto = all steps after warm-up (cosine), a fifth of them (wsd)."""
+    min_lr_ratio: float = Field(default=0.1, ge=0, le=1)
+    """Learning rate at the end, as a fraction of the peak."""
+    betas: tuple[float, float] = (0.9, 0.95)
+    """Decay rates of AdamW's moments."""
+    eps: float = Field(default=1e-8, gt=0)
+    """Epsilon of AdamW."""
+    weight_decay: float = Field(default=0.1, ge=0)
+    """Decoupled weight decay, on tensors of two or more dims only."""
+    clip_norm: float = Field(default=1.0, ge=0)
+    """Largest global gradient norm; 0 = never clip."""
+
+
+class MeshConfig(Section):
+    """Sizes of the mesh axes; their product is the number of ranks."""
+
+    pp: int = Field(default=1, ge=1)
+    """Pipeline stages."""
+    dp_replicate: int = Field(default=1, ge=1)
+    """Replicas of the sharded model (HSDP)."""
+    dp_shard: int | Auto = AUTO
+    """Ranks that share parameters, gradients and optimizer state (FSDP2); auto = what is left."""
+    tp: int = Field(default=1, ge=1)
+    """Tensor parallel ranks, with sequence parallelism."""
+    cp: int = Field(default=1, ge=1)
+    """Reserved for context parallelism."""
+    ep: int = Field(default=1, ge=1)
+    """Reserved for expert parallelism."""
+
+
+class ParallelConfig(Section):
+    """How the model is executed on the mesh."""
+
+    precision: Precision = "fp32"
+    """Compute type; bf16 keeps fp32 parameters, optimizer state and gradient reduction."""
+    activation_checkpointing: bool = False
+    """Recompute each block's activations in backward instead of keeping them."""
+    compile: bool = False
+    """Run each block through ``torch.compile``."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """auto = CUDA where torch finds it, else CPU."""
+    threads: int | Auto = AUTO
+    """CPU threads per rank; auto = cores / ranks on this host, at least 1."""
+    timeout_s: float = Field(default=600.0, gt=0)
+    """Longest time that a collective may take before the rank gives up."""
+
+
+class CheckpointConfig(Section):
+    """When to save, and what to keep."""
+
+    every_steps: int = Field(default=100, ge=0)
+    """Save after every this many steps; 0 = only at the end and when asked to stop."""
+    keep: int = Field(default=3, ge=1)
+    """Newest checkpoints kept; older ones are deleted."""
+
+
+class MetricsConfig(Section):
+    """Where numbers go."""
+
+    sinks: list[str] = Field(default_factory=lambda: ["jsonl"])
+    """Any of 'jsonl', 'tensorboard', 'pkg.module:factory'."""
+
+
+class LaunchConfig(Section):
+    """How ranks are started by the local launcher."""
+
+    port: int = Field(default=0, ge=0, le=65535)
+    """Port of the rendezvous store; 0 = any free one."""
+
+
+class RunConfig(Section):
+    """One complete run."""
+
+    name: str = Field(default="run", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    """Name of the run, and of its default directory ``runs/NAME``."""
+    seed: int = Field(default=0, ge=0, lt=2**63)
+    """Seed of initial weights, data order and dropout."""
+    train: TrainConfig
+    model: ModelConfig = ModelConfig()
+    data: DataConfig = DataConfig()
+    optim: OptimConfig = OptimConfig()
+    mesh: MeshConfig = MeshConfig()
+    parallel: ParallelConfig = ParallelConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    metrics: MetricsConfig = MetricsConfig()
+    launch: LaunchConfig = LaunchConfig()
