@@ -1,0 +1,62 @@
+"""The pool of ranks that other tests stand on."""
+
+import os
+import signal
+import time
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from tests.support.spawn import RankError, run_ranks
+
+pytestmark = pytest.mark.multiproc
+
+
+def _sum_of_ranks(rank: int, world_size: int, scale: float) -> tuple[float, int]:
+    value = torch.tensor([scale * rank])
+    dist.all_reduce(value)
+    return value.item(), os.getpid()
+
+
+def _raise_on(rank: int, world_size: int, bad: int) -> None:
+    if rank == bad:
+        raise ValueError("no such thing")
+    dist.barrier()
+
+
+def _die_on(rank: int, world_size: int, bad: int) -> None:
+    if rank == bad:
+        os.kill(os.getpid(), signal.SIGKILL)
+    dist.barrier()
+
+
+def _sleep_on(rank: int, world_size: int, bad: int) -> None:
+    if rank == bad:
+        time.sleep(60)
+
+
+def test_results_by_rank_and_workers_are_reused() -> None:
+    first = run_ranks(_sum_of_ranks, 2, 10.0)
+    again = run_ranks(_sum_of_ranks, 2, 1.0)
+    assert [value for value, _ in first + again] == [10.0, 10.0, 1.0, 1.0]
+    assert {pid for _, pid in first} == {pid for _, pid in again}
+
+
+def test_the_raising_rank_is_named_not_its_neighbours() -> None:
+    with pytest.raises(RankError, match=r"rank 1 of 3 failed: [\s\S]*no such thing") as caught:
+        run_ranks(_raise_on, 3, 1)
+    assert isinstance(caught.value.error, ValueError)
+    assert run_ranks(_sum_of_ranks, 3, 1.0)[0][0] == 3.0
+
+
+def test_a_killed_rank_is_named() -> None:
+    with pytest.raises(RankError, match="rank 1 of 2 failed: the process ended with exit code -9"):
+        run_ranks(_die_on, 2, 1)
+
+
+def test_a_silent_rank_is_shown_where_it_waits() -> None:
+    start_s = time.monotonic()
+    with pytest.raises(RankError, match=r"no result within 2 s[\s\S]*_sleep_on"):
+        run_ranks(_sleep_on, 2, 0, timeout_s=2)
+    assert time.monotonic() - start_s < 20
