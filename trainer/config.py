@@ -4,36 +4,39 @@ Frozen pydantic models; every field has its unit and meaning in its description.
 overrides and error messages live in ``config_load.py``.
 """
 
-from typing import Annotated, Any, Literal
+import re
+from typing import Annotated, Any, Final, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
-AUTO = "auto"
+AUTO: Final = "auto"
 Auto = Literal["auto"]
 Precision = Literal["fp32", "bf16"]
 
 
-def _parse_sizes(value: Any) -> Any:
-    """'64MiB' -> 67108864; numbers pass through."""
+def parse_size(value: Any) -> Any:
+    """'64MiB' -> 67108864; numbers, and text that is no size, pass through."""
     if not isinstance(value, str):
         return value
     units = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
     units |= {"KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "TiB": 2**40}
-    text = value.strip()
-    for unit in sorted(units, key=len, reverse=True):
-        if text.endswith(unit):
-            number = float(text[: -len(unit)])
-            return round(number * units[unit])
-    return value
+    match = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?) *([KMGT]?i?B)", value.strip())
+    if match is None or match[2] not in units:
+        return value
+    return round(float(match[1]) * units[match[2]])
 
 
-Bytes = Annotated[int, BeforeValidator(_parse_sizes), Field(ge=0)]
+Bytes = Annotated[int, BeforeValidator(parse_size), Field(ge=0)]
+Positive = Annotated[int, Field(ge=1)]
+Beta = Annotated[float, Field(ge=0, lt=1)]
 
 
 class Section(BaseModel):
-    """Base of all sections: immutable, and an unknown key is an error."""
+    """Base of all sections: immutable; unknown keys, infinity and NaN are errors."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False
+    )
 
 
 class TrainConfig(Section):
@@ -58,7 +61,7 @@ class ModelConfig(Section):
     """'pkg.module:function' that returns an nn.Module mapping tokens (B, L) to logits (B, L, V)."""
     factory_args: dict[str, Any] = Field(default_factory=dict)
     """Keyword arguments for ``factory``; it also gets ``vocab_size`` and ``seq_len``."""
-    vocab_size: int | Auto = AUTO
+    vocab_size: Positive | Auto = AUTO
     """Rows of the embedding; auto = the tokenizer's, rounded up to a multiple of 64."""
     dim: int = Field(default=256, ge=1)
     """Width of the residual stream."""
@@ -66,9 +69,9 @@ class ModelConfig(Section):
     """Number of decoder blocks."""
     heads: int = Field(default=8, ge=1)
     """Query heads; ``dim`` is a multiple of it."""
-    kv_heads: int | Auto = AUTO
+    kv_heads: Positive | Auto = AUTO
     """Key/value heads (grouped-query attention); auto = ``heads``."""
-    ffn_dim: int | Auto = AUTO
+    ffn_dim: Positive | Auto = AUTO
     """Hidden width of SwiGLU; auto = 8/3 of ``dim``, rounded up to a multiple of 64."""
     rope_theta: float = Field(default=10000.0, gt=0)
     """Base of the rotary position frequencies."""
@@ -84,9 +87,7 @@ class ModelConfig(Section):
     @model_validator(mode="after")
     def _shapes_fit(self) -> "ModelConfig":
         if self.dim % self.heads:
-            raise ValueError(
-                f"model.dim={self.dim} is not a multiple of model.heads={self.heads}"
-            )
+            raise ValueError(f"model.dim={self.dim} is not a multiple of model.heads={self.heads}")
         if (self.dim // self.heads) % 2:
             raise ValueError(
                 f"model.dim/model.heads = {self.dim // self.heads} is odd; rotary positions need "
@@ -110,7 +111,7 @@ class DataConfig(Section):
     """Tokens per sample."""
     global_batch: int = Field(default=16, ge=1)
     """Samples per optimizer update, over all ranks."""
-    micro_batch: int | Auto = AUTO
+    micro_batch: Positive | Auto = AUTO
     """Samples per rank and forward pass; auto = all of the rank's share (no accumulation)."""
     held_out: float = Field(default=0.02, ge=0, lt=0.5)
     """Fraction of the tokens kept out of training for evaluation."""
@@ -125,11 +126,11 @@ class OptimConfig(Section):
     """Shape after warm-up: cosine decay, warm-up-stable-decay, or constant."""
     warmup_steps: int = Field(default=0, ge=0)
     """Steps of linear warm-up from 0."""
-    decay_steps: int | Auto = AUTO
+    decay_steps: Annotated[int, Field(ge=0)] | Auto = AUTO
     """Length of the final decay: auto = all steps after warm-up (cosine), a fifth of them (wsd)."""
     min_lr_ratio: float = Field(default=0.1, ge=0, le=1)
     """Learning rate at the end, as a fraction of the peak."""
-    betas: tuple[float, float] = (0.9, 0.95)
+    betas: tuple[Beta, Beta] = (0.9, 0.95)
     """Decay rates of AdamW's moments."""
     eps: float = Field(default=1e-8, gt=0)
     """Epsilon of AdamW."""
@@ -146,7 +147,7 @@ class MeshConfig(Section):
     """Pipeline stages."""
     dp_replicate: int = Field(default=1, ge=1)
     """Replicas of the sharded model (HSDP)."""
-    dp_shard: int | Auto = AUTO
+    dp_shard: Positive | Auto = AUTO
     """Ranks that share parameters, gradients and optimizer state (FSDP2); auto = what is left."""
     tp: int = Field(default=1, ge=1)
     """Tensor parallel ranks, with sequence parallelism."""
@@ -167,7 +168,7 @@ class ParallelConfig(Section):
     """Run each block through ``torch.compile``."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """auto = CUDA where torch finds it, else CPU."""
-    threads: int | Auto = AUTO
+    threads: Positive | Auto = AUTO
     """CPU threads per rank; auto = cores / ranks on this host, at least 1."""
     timeout_s: float = Field(default=600.0, gt=0)
     """Longest time that a collective may take before the rank gives up."""
