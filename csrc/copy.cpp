@@ -1,0 +1,259 @@
+#include "copy.h"
+
+#include <algorithm>
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+#include "box.h"
+#include "dispatch.h"
+#include "parallel.h"
+
+namespace everstep {
+namespace {
+
+// Rows shorter than this are not worth the heads and tails of streaming stores.
+constexpr int64_t kStreamingRowBytes = 2 << 10;
+// Short rows are collected in pieces that stay in the first-level cache.
+constexpr int64_t kPieceBytes = 8 << 10;
+
+[[noreturn]] void refuse(const std::string& message) {
+    throw std::invalid_argument(message);
+}
+
+void require_threads(int64_t threads) {
+    if (threads < 1) refuse("threads is " + std::to_string(threads) + "; expected at least 1");
+}
+
+void require_block_bytes(int64_t block_bytes) {
+    if (block_bytes < 1) {
+        refuse("block_bytes is " + std::to_string(block_bytes) + "; expected at least 1");
+    }
+}
+
+int64_t length(std::span<const uint8_t> buffer) {
+    return static_cast<int64_t>(buffer.size());
+}
+
+void require_separate(std::span<const uint8_t> dst, const ByteRange& dst_range,
+                      std::span<const uint8_t> src, const ByteRange& src_range) {
+    const auto dst_base = reinterpret_cast<uintptr_t>(dst.data());
+    const auto src_base = reinterpret_cast<uintptr_t>(src.data());
+    if (dst_range.begin == dst_range.end || src_range.begin == src_range.end) return;
+    if (dst_base + static_cast<uintptr_t>(dst_range.begin) <
+            src_base + static_cast<uintptr_t>(src_range.end) &&
+        src_base + static_cast<uintptr_t>(src_range.begin) <
+            dst_base + static_cast<uintptr_t>(dst_range.end)) {
+        refuse("dst and src overlap in memory; copy through a third buffer");
+    }
+}
+
+bool streams(int64_t job_bytes) {
+    return job_bytes >= static_cast<int64_t>(kernels().streaming_bytes);
+}
+
+void copy_range(uint8_t* dst, const uint8_t* src, const BoxPair& box, int64_t begin, int64_t end) {
+    const Kernels& chosen = kernels();
+    const bool streaming = streams(box.total_bytes) && box.run_bytes >= kStreamingRowBytes;
+    Cursor cursor(box, begin);
+    for (int64_t at = begin; at < end;) {
+        const Rows rows = cursor.next(end - at);
+        at += rows.bytes();
+        if (!streaming) {
+            copy_rows(dst, src, rows);
+            continue;
+        }
+        for (int64_t row = 0; row < rows.count; ++row) {
+            chosen.streaming_copy(dst + rows.dst + row * rows.dst_stride,
+                                  src + rows.src + row * rows.src_stride,
+                                  static_cast<size_t>(rows.row_bytes));
+        }
+    }
+    if (streaming) chosen.streaming_fence();
+}
+
+// Copies the bytes of a box in order to contiguous memory and checksums them on the way.
+class Gatherer {
+  public:
+    // dst[dst_shift + i] receives byte i of the flattening.
+    Gatherer(uint8_t* dst, int64_t dst_shift, const uint8_t* src, const BoxPair& box, int64_t begin,
+             bool streaming)
+        : dst_(dst),
+          dst_shift_(dst_shift),
+          src_(src),
+          long_rows_(box.run_bytes >= kStreamingRowBytes),
+          streaming_(streaming),
+          cursor_(box, begin) {}
+
+    uint32_t extend(uint32_t crc, int64_t bytes) {
+        return long_rows_ ? extend_by_rows(crc, bytes) : extend_by_pieces(crc, bytes);
+    }
+
+    void finish() {
+        if (streaming_) kernels().streaming_fence();
+    }
+
+  private:
+    uint32_t copy(uint32_t crc, uint8_t* dst, const uint8_t* src, int64_t bytes) const {
+        const auto count = static_cast<size_t>(bytes);
+        return streaming_ ? kernels().streaming_copy_crc32c(crc, dst, src, count)
+                          : copy_crc32c(crc, dst, src, count);
+    }
+
+    uint32_t extend_by_rows(uint32_t crc, int64_t bytes) {
+        while (bytes > 0) {
+            const Rows rows = cursor_.next(bytes);
+            bytes -= rows.bytes();
+            for (int64_t row = 0; row < rows.count; ++row) {
+                crc = copy(crc, dst_ + (dst_shift_ + rows.dst + row * rows.dst_stride),
+                           src_ + rows.src + row * rows.src_stride, rows.row_bytes);
+            }
+        }
+        return crc;
+    }
+
+    // Collects short rows in a piece, then moves the piece on while it is hot.
+    uint32_t extend_by_pieces(uint32_t crc, int64_t bytes) {
+        alignas(64) uint8_t piece[kPieceBytes];
+        while (bytes > 0) {
+            const int64_t piece_bytes = std::min(bytes, kPieceBytes);
+            int64_t piece_begin = 0;
+            for (int64_t filled = 0; filled < piece_bytes;) {
+                Rows rows = cursor_.next(piece_bytes - filled);
+                if (filled == 0) piece_begin = rows.dst;
+                rows.dst = filled;
+                copy_rows(piece, src_, rows);
+                filled += rows.bytes();
+            }
+            crc = copy(crc, dst_ + (dst_shift_ + piece_begin), piece, piece_bytes);
+            bytes -= piece_bytes;
+        }
+        return crc;
+    }
+
+    uint8_t* dst_;
+    int64_t dst_shift_;
+    const uint8_t* src_;
+    bool long_rows_;
+    bool streaming_;
+    Cursor cursor_;
+};
+
+std::vector<int64_t> contiguous_strides(std::span<const int64_t> shape, int64_t item_bytes) {
+    std::vector<int64_t> strides(shape.size());
+    int64_t stride = item_bytes;
+    for (size_t dim = shape.size(); dim-- > 0;) {
+        strides[dim] = stride;
+        stride *= shape[dim];
+    }
+    return strides;
+}
+
+}  // namespace
+
+void crc32c_blocks(std::span<const uint8_t> data, int64_t block_bytes, std::span<uint32_t> crcs,
+                   int64_t threads) {
+    require_block_bytes(block_bytes);
+    require_threads(threads);
+    const int64_t bytes = length(data);
+    const int64_t blocks = bytes / block_bytes + (bytes % block_bytes != 0 ? 1 : 0);
+    if (static_cast<int64_t>(crcs.size()) != blocks) {
+        refuse("the data has " + std::to_string(blocks) + " blocks of " +
+               std::to_string(block_bytes) + " bytes, but there is room for " +
+               std::to_string(crcs.size()) + " checksums");
+    }
+    if (blocks == 0) return;
+    const int64_t parts = std::min(blocks, useful_threads(threads, bytes));
+    run_parts(parts, [&](int64_t part) {
+        for (int64_t block = blocks * part / parts; block < blocks * (part + 1) / parts; ++block) {
+            const int64_t begin = block * block_bytes;
+            const int64_t end = std::min(bytes, begin + block_bytes);
+            crcs[static_cast<size_t>(block)] =
+                kernels().crc32c(0, data.data() + begin, static_cast<size_t>(end - begin));
+        }
+    });
+}
+
+void copy_box(std::span<uint8_t> dst, const Placement& dst_at, std::span<const uint8_t> src,
+              const Placement& src_at, std::span<const int64_t> shape, int64_t item_bytes,
+              int64_t threads) {
+    require_threads(threads);
+    const ByteRange dst_range = checked_range("dst", length(dst), dst_at.offset_bytes,
+                                              dst_at.strides_bytes, shape, item_bytes);
+    const ByteRange src_range = checked_range("src", length(src), src_at.offset_bytes,
+                                              src_at.strides_bytes, shape, item_bytes);
+    require_disjoint_elements("dst", dst_at.strides_bytes, shape, item_bytes);
+    require_separate(dst, dst_range, src, src_range);
+    const BoxPair box =
+        make_box_pair(dst_at.strides_bytes, src_at.strides_bytes, shape, item_bytes, true);
+    if (box.total_bytes == 0) return;
+
+    uint8_t* dst_first = dst.data() + dst_at.offset_bytes;
+    const uint8_t* src_first = src.data() + src_at.offset_bytes;
+    const int64_t parts = useful_threads(threads, box.total_bytes);
+    // Parts end between rows, or between cache lines where rows are long.
+    const int64_t grain = box.run_bytes < kStreamingRowBytes ? box.run_bytes : 64;
+    const auto edge = [&](int64_t part) {
+        return part == parts ? box.total_bytes : box.total_bytes / parts / grain * grain * part;
+    };
+    run_parts(parts, [&](int64_t part) {
+        copy_range(dst_first, src_first, box, edge(part), edge(part + 1));
+    });
+}
+
+void gather_box_crc(std::span<uint8_t> dst, int64_t dst_offset_bytes, std::span<const uint8_t> src,
+                    const Placement& src_at, std::span<const int64_t> shape, int64_t item_bytes,
+                    int64_t range_begin, int64_t range_end, const BlockStream& stream,
+                    int64_t threads) {
+    require_threads(threads);
+    require_block_bytes(stream.block_bytes);
+    const ByteRange src_range = checked_range("src", length(src), src_at.offset_bytes,
+                                              src_at.strides_bytes, shape, item_bytes);
+    const int64_t box_bytes = checked_box_bytes(shape, item_bytes);
+    if (range_begin < 0 || range_begin > range_end || range_end > box_bytes) {
+        refuse("bytes " + std::to_string(range_begin) + " to " + std::to_string(range_end) +
+               " are not a range of the box of " + std::to_string(box_bytes) + " bytes");
+    }
+    const int64_t bytes = range_end - range_begin;
+    if (dst_offset_bytes < 0 || dst_offset_bytes > length(dst) ||
+        bytes > length(dst) - dst_offset_bytes) {
+        refuse(std::to_string(bytes) + " bytes at offset " + std::to_string(dst_offset_bytes) +
+               " do not fit into dst of " + std::to_string(length(dst)) + " bytes");
+    }
+    int64_t stream_end = 0;
+    if (stream.position_bytes < 0 ||
+        __builtin_add_overflow(stream.position_bytes, bytes, &stream_end)) {
+        refuse("the stream position " + std::to_string(stream.position_bytes) + " is out of range");
+    }
+    if (bytes == 0) return;
+    const int64_t first_block = stream.position_bytes / stream.block_bytes;
+    const int64_t blocks = (stream_end - 1) / stream.block_bytes - first_block + 1;
+    if (first_block + blocks > static_cast<int64_t>(stream.crcs.size())) {
+        refuse("the bytes end in block " + std::to_string(first_block + blocks - 1) +
+               " of the stream, but there is room for " + std::to_string(stream.crcs.size()) +
+               " checksums");
+    }
+    require_separate(dst, {dst_offset_bytes, dst_offset_bytes + bytes}, src, src_range);
+
+    const std::vector<int64_t> dst_strides = contiguous_strides(shape, item_bytes);
+    const BoxPair box = make_box_pair(dst_strides, src_at.strides_bytes, shape, item_bytes, false);
+    const uint8_t* src_first = src.data() + src_at.offset_bytes;
+    const int64_t parts = std::min(blocks, useful_threads(threads, bytes));
+    run_parts(parts, [&](int64_t part) {
+        const int64_t block_begin = first_block + blocks * part / parts;
+        const int64_t block_end = first_block + blocks * (part + 1) / parts;
+        int64_t at = std::max(stream.position_bytes, block_begin * stream.block_bytes);
+        Gatherer gatherer(dst.data(), dst_offset_bytes - range_begin, src_first, box,
+                          range_begin + (at - stream.position_bytes), streams(bytes));
+        for (int64_t block = block_begin; block < block_end; ++block) {
+            const int64_t left_in_block = stream.block_bytes - (at - block * stream.block_bytes);
+            const int64_t piece = std::min(left_in_block, stream_end - at);
+            uint32_t& crc = stream.crcs[static_cast<size_t>(block)];
+            crc = gatherer.extend(crc, piece);
+            at += piece;
+        }
+        gatherer.finish();
+    });
+}
+
+}  // namespace everstep

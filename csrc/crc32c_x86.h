@@ -1,0 +1,25 @@
+// CRC-32C and copies for x86-64; call only what the processor supports.
+#pragma once
+
+#if defined(__x86_64__)
+
+#include <cstddef>
+#include <cstdint>
+
+namespace everstep {
+
+// Needs SSE4.2 and PCLMULQDQ.
+uint32_t crc32c_sse42(uint32_t crc, const uint8_t* data, size_t bytes);
+uint32_t streaming_copy_crc32c_sse42(uint32_t crc, uint8_t* dst, const uint8_t* src, size_t bytes);
+
+// Needs AVX-512 F/VL and VPCLMULQDQ besides.
+uint32_t crc32c_avx512(uint32_t crc, const uint8_t* data, size_t bytes);
+uint32_t streaming_copy_crc32c_avx512(uint32_t crc, uint8_t* dst, const uint8_t* src, size_t bytes);
+
+// SSE2 only.
+void streaming_copy_sse2(uint8_t* dst, const uint8_t* src, size_t bytes);
+void streaming_fence_sse2();
+
+}  // namespace everstep
+
+#endif

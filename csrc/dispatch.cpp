@@ -1,0 +1,113 @@
+#include "dispatch.h"
+
+#include <unistd.h>
+
+#include <algorithm>
+#include <cstdlib>
+#include <cstring>
+
+#include "crc32c.h"
+#include "crc32c_arm.h"
+#include "crc32c_x86.h"
+
+#if defined(__aarch64__) && defined(__linux__)
+#include <asm/hwcap.h>
+#include <sys/auxv.h>
+#endif
+
+namespace everstep {
+namespace {
+
+bool portable_forced() {
+    const char* value = std::getenv("EVERSTEP_PORTABLE_KERNELS");
+    return value != nullptr && *value != '\0' && std::strcmp(value, "0") != 0;
+}
+
+void plain_copy(uint8_t* dst, const uint8_t* src, size_t bytes) {
+    std::memcpy(dst, src, bytes);
+}
+
+void no_fence() {}
+
+// Past the size of the second-level cache the destination would push out what it is copied from.
+size_t second_level_cache_bytes() {
+    constexpr long kSmallest = 256L << 10;
+    constexpr long kUsual = 1L << 20;
+    constexpr long kLargest = 4L << 20;
+#if defined(_SC_LEVEL2_CACHE_SIZE)
+    const long found = sysconf(_SC_LEVEL2_CACHE_SIZE);
+#else
+    const long found = 0;
+#endif
+    return static_cast<size_t>(found > 0 ? std::clamp(found, kSmallest, kLargest) : kUsual);
+}
+
+#if defined(__aarch64__)
+bool arm_has_crc() {
+#if defined(__linux__)
+    return (getauxval(AT_HWCAP) & HWCAP_CRC32) != 0;
+#elif defined(__APPLE__)
+    return true;
+#else
+    return false;
+#endif
+}
+#endif
+
+Kernels choose() {
+    Kernels chosen{
+        .crc32c_name = "portable",
+        .streaming_copy_name = "portable",
+        .streaming_copy_crc32c_name = "portable",
+        .crc32c = crc32c_portable,
+        .streaming_copy = plain_copy,
+        .streaming_copy_crc32c = copy_crc32c,
+        .streaming_fence = no_fence,
+        .streaming_bytes = second_level_cache_bytes(),
+    };
+    if (portable_forced()) return chosen;
+#if defined(__x86_64__)
+    chosen.streaming_copy_name = "sse2";
+    chosen.streaming_copy = streaming_copy_sse2;
+    chosen.streaming_fence = streaming_fence_sse2;
+    __builtin_cpu_init();
+    if (__builtin_cpu_supports("sse4.2") && __builtin_cpu_supports("pclmul")) {
+        chosen.crc32c_name = chosen.streaming_copy_crc32c_name = "sse4.2";
+        chosen.crc32c = crc32c_sse42;
+        chosen.streaming_copy_crc32c = streaming_copy_crc32c_sse42;
+        if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512vl") &&
+            __builtin_cpu_supports("vpclmulqdq")) {
+            chosen.crc32c_name = chosen.streaming_copy_crc32c_name = "avx512";
+            chosen.crc32c = crc32c_avx512;
+            chosen.streaming_copy_crc32c = streaming_copy_crc32c_avx512;
+        }
+    }
+#elif defined(__aarch64__)
+    if (arm_has_crc()) {
+        chosen.crc32c_name = chosen.streaming_copy_crc32c_name = "armv8-crc";
+        chosen.crc32c = crc32c_armv8;
+    }
+#endif
+    return chosen;
+}
+
+}  // namespace
+
+const Kernels& kernels() {
+    static const Kernels chosen = choose();
+    return chosen;
+}
+
+uint32_t copy_crc32c(uint32_t crc, uint8_t* dst, const uint8_t* src, size_t bytes) {
+    constexpr size_t kPieceBytes = 8 << 10;
+    const Kernels& chosen = kernels();
+    while (bytes != 0) {
+        const size_t piece = std::min(bytes, kPieceBytes);
+        crc = chosen.crc32c(crc, src, piece);
+        std::memcpy(dst, src, piece);
+        dst += piece, src += piece, bytes -= piece;
+    }
+    return crc;
+}
+
+}  // namespace everstep
