@@ -11,9 +11,11 @@ from dataclasses import dataclass
 
 from everstep.trainer.config import AUTO, DataConfig, MeshConfig, RunConfig
 from everstep.trainer.errors import ConfigError
-from everstep.trainer.model_size import BYTES_VOCAB, model_size
+from everstep.trainer.model_shape import resolve_model
 
 AXES = ("pp", "dp_replicate", "dp_shard", "tp")
+BYTES_VOCAB = 257
+"""Ids of the 'bytes' tokenizer: 256 byte values and the end of a document."""
 SINKS = ("jsonl", "tensorboard")
 _OBJECT_NAME = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_][\w.]*")
 
@@ -163,6 +165,9 @@ def check_config(config: RunConfig, shape: MeshShape) -> None:
 
 def _check_model(config: RunConfig, tp: int) -> None:
     model = config.model
+    bytes_tokenizer = config.data.tokenizer == "bytes"
+    # A tokenizer.json is read when the data is opened; until then, any embedding is large enough.
+    size = resolve_model(model, BYTES_VOCAB if bytes_tokenizer else 1)
     if model.factory is None and model.factory_args:
         raise ConfigError(
             "model.factory_args is given without model.factory: name the function that takes them, "
@@ -175,14 +180,13 @@ def _check_model(config: RunConfig, tp: int) -> None:
             f"mesh.tp={tp} works with the built-in model only, and model.factory={model.factory!r} "
             "is your own: use mesh.tp=1 with mesh.dp_shard"
         )
-    size = model_size(model, BYTES_VOCAB)
     divided = {
         "data.seq_len": config.data.seq_len,
         "model.heads": size.heads,
         "model.kv_heads": size.kv_heads,
         "model.ffn_dim": size.ffn_dim,
     }
-    if model.vocab_size != AUTO or config.data.tokenizer == "bytes":
+    if model.vocab_size != AUTO or bytes_tokenizer:
         divided["model.vocab_size"] = size.vocab_size
     for key, value in divided.items():
         if value % tp:
