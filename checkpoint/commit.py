@@ -1,0 +1,191 @@
+"""The directory of a run's checkpoints: who is there, what is committed, how a step is committed.
+
+::
+
+    generations/00003.json                    created exclusively by the first save of an attempt
+    step-00001200-g00003/
+        rank-00000-<attempt>.safetensors      packs
+        parts/00000.json                      the vote of one writer: its pack is durable
+        manifest.json                         written last; its presence IS the commit
+
+A step exists if and only if its manifest does; everything else is garbage to collect.
+"""
+
+import errno
+import os
+import re
+import shutil
+import time
+from collections.abc import Mapping
+from pathlib import Path
+
+from everstep.checkpoint.direct_io import publish, sync_directory, write_durable
+from everstep.checkpoint.errors import StepExistsError, StepNotFoundError
+from everstep.checkpoint.lineage import (
+    Generation,
+    StepId,
+    decode_generation,
+    encode_generation,
+    in_lineage,
+)
+from everstep.checkpoint.manifest import (
+    Manifest,
+    Part,
+    build_manifest,
+    decode_manifest,
+    decode_part,
+    encode_manifest,
+    encode_part,
+)
+from everstep.checkpoint.records import read_bytes
+from everstep.checkpoint.retention import superfluous
+
+_STEP_NAME = re.compile(r"step-(\d{8,18})-g(\d{5,9})")
+_GENERATION_NAME = re.compile(r"(\d{5,9})\.json")
+_MANIFEST = "manifest.json"
+
+
+class CheckpointDirectory:
+    """A local directory of checkpoints; holds no state but the path."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+
+    def step_path(self, step_id: StepId) -> Path:
+        """Directory of one checkpoint, committed or not."""
+        return self.root / f"step-{step_id.step:08d}-g{step_id.generation:05d}"
+
+    def generations(self) -> dict[int, Generation]:
+        """All generations by number; raises ManifestError where one is damaged."""
+        found = {}
+        for path in sorted(self._list(self.root / "generations")):
+            if match := _GENERATION_NAME.fullmatch(path.name):
+                generation = decode_generation(read_bytes(path), path)
+                found[int(match[1])] = generation
+        return found
+
+    def create_generation(
+        self, parent: StepId | None, mesh: Mapping[str, int], *, now_s: float | None = None
+    ) -> Generation:
+        """Begin a new generation that continues from ``parent`` (None: from nothing)."""
+        folder = self.root / "generations"
+        folder.mkdir(parents=True, exist_ok=True)
+        while True:
+            number = 1 + max(
+                (int(m[1]) for p in folder.iterdir() if (m := _GENERATION_NAME.fullmatch(p.name))),
+                default=0,
+            )
+            generation = Generation(
+                number=number,
+                parent=parent.generation if parent else None,
+                fork_step=parent.step if parent else None,
+                created_s=time.time() if now_s is None else now_s,
+                mesh=dict(mesh),
+            )
+            path = folder / f"{number:05d}.json"
+            try:
+                publish(path, encode_generation(generation), path.with_suffix(".tmp"))
+            except FileExistsError:
+                continue
+            sync_directory(self.root)
+            return generation
+
+    def committed(self) -> list[StepId]:
+        """Every committed checkpoint, of any lineage, in ascending order."""
+        return sorted(s for s in self._step_dirs() if (self.step_path(s) / _MANIFEST).exists())
+
+    def lineage(self) -> list[StepId]:
+        """The checkpoints that the newest generation may resume from, ascending by step."""
+        return in_lineage(self.generations(), self.committed())
+
+    def find(self, step: int | None) -> StepId | None:
+        """The checkpoint of a step in the lineage; None asks for the newest, if there is one.
+
+        Raises:
+            StepNotFoundError: this step is not there.
+        """
+        lineage = self.lineage()
+        if step is None:
+            return lineage[-1] if lineage else None
+        for step_id in lineage:
+            if step_id.step == step:
+                return step_id
+        raise StepNotFoundError(str(self.root), step, [s.step for s in lineage])
+
+    def manifest(self, step_id: StepId) -> Manifest:
+        """Read a committed manifest; raises ManifestError and its kinds."""
+        path = self.step_path(step_id) / _MANIFEST
+        return decode_manifest(read_bytes(path), path)
+
+    def begin_step(self, step_id: StepId) -> Path:
+        """Make the directory of a new step.
+
+        Raises:
+            StepExistsError: the generation has begun or committed this step already.
+        """
+        path = self.step_path(step_id)
+        try:
+            path.mkdir(parents=True)
+        except FileExistsError:
+            raise StepExistsError(str(path)) from None
+        (path / "parts").mkdir()
+        return path
+
+    def put_part(self, part: Part) -> None:
+        """Vote: the pack of this part is durable."""
+        folder = self.step_path(StepId(part.generation, part.step)) / "parts"
+        write_durable(folder / f"{part.rank:05d}.json", encode_part(part))
+
+    def commit(self, step_id: StepId, world_size: int) -> Manifest:
+        """Publish the manifest of a step whose parts are all there.
+
+        Raises:
+            ManifestError: a part is missing or damaged, or the parts do not make a whole state.
+        """
+        path = self.step_path(step_id)
+        files = [path / "parts" / f"{rank:05d}.json" for rank in range(world_size)]
+        manifest = build_manifest([decode_part(read_bytes(f), f) for f in files])
+        for directory in (path / "parts", path, self.root):
+            sync_directory(directory)
+        publish(path / _MANIFEST, encode_manifest(manifest), path / f"{_MANIFEST}.tmp")
+        return manifest
+
+    def delete(self, step_id: StepId) -> None:
+        """Remove a checkpoint: first its manifest, durably, so that it is never half there."""
+        path = self.step_path(step_id)
+        try:
+            (path / _MANIFEST).unlink(missing_ok=True)
+            sync_directory(path)
+            shutil.rmtree(path)
+        except OSError as e:
+            if e.errno != errno.ENOENT:
+                raise
+
+    def retire(self, keep: int, current: int) -> list[StepId]:
+        """Delete what retention does not keep; the caller holds the lock of the directory."""
+        gone = superfluous(self.committed(), self.lineage(), keep, current)
+        for step_id in gone:
+            self.delete(step_id)
+        return gone
+
+    def collect_garbage(self) -> list[StepId]:
+        """Delete steps that were begun and never committed.
+
+        Only for the holder of the directory's lock, before it begins a step: nobody else can own
+        one then.
+        """
+        gone = [s for s in self._step_dirs() if not (self.step_path(s) / _MANIFEST).exists()]
+        for step_id in gone:
+            self.delete(step_id)
+        return gone
+
+    def _step_dirs(self) -> list[StepId]:
+        matches = (_STEP_NAME.fullmatch(path.name) for path in self._list(self.root))
+        return [StepId(int(m[2]), int(m[1])) for m in matches if m]
+
+    @staticmethod
+    def _list(path: Path) -> list[Path]:
+        try:
+            return [path / name for name in os.listdir(path)]
+        except FileNotFoundError:
+            return []

@@ -1,0 +1,176 @@
+"""Writing a large file once, from front to back, past the page cache.
+
+Bytes go through one aligned staging buffer into O_DIRECT writes of ``STAGING_BYTES``; where the
+file system refuses O_DIRECT (tmpfs, some network file systems: EINVAL at open or at the first
+write) the same file is written buffered and its pages are dropped afterwards. Also the small
+durable operations of a commit: exclusive files, links that never replace, directory syncs.
+"""
+
+import errno
+import mmap
+import os
+from pathlib import Path
+from types import TracebackType
+
+import numpy as np
+import numpy.typing as npt
+
+STAGING_BYTES = 16 * 2**20
+ALIGN_BYTES = 4096
+
+ByteArray = npt.NDArray[np.uint8]
+
+
+class StreamWriter:
+    """A new file that is written front to back; a context manager.
+
+    Fill ``space()`` and call ``advance(n)``, until ``finish()``; leaving the context without
+    ``finish()`` closes and deletes the file.
+
+    Raises:
+        FileExistsError: the path exists already.
+        OSError: as the file system reports it (ENOSPC, EIO, ...).
+    """
+
+    def __init__(self, path: Path, staging_bytes: int = STAGING_BYTES) -> None:
+        if staging_bytes <= 0 or staging_bytes % ALIGN_BYTES:
+            raise ValueError(f"staging_bytes={staging_bytes} is not a multiple of {ALIGN_BYTES}")
+        self._path = path
+        self._map = mmap.mmap(-1, staging_bytes)  # page-aligned, as O_DIRECT needs
+        self._staging: ByteArray = np.frombuffer(self._map, dtype=np.uint8)
+        self._filled = 0
+        self._written = 0
+        self._finished = False
+        flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
+        self.direct = True
+        try:
+            self._fd = os.open(path, flags | os.O_DIRECT, 0o644)
+        except OSError as e:
+            if e.errno != errno.EINVAL:
+                raise
+            path.unlink(missing_ok=True)  # some file systems create the file, then refuse the flag
+            self.direct = False
+            self._fd = os.open(path, flags, 0o644)
+
+    def space(self) -> ByteArray:
+        """The unfilled part of the staging buffer; never empty."""
+        return self._staging[self._filled :]
+
+    def advance(self, count: int) -> None:
+        """Take over the first ``count`` bytes of ``space()``."""
+        self._filled += count
+        if self._filled == len(self._staging):
+            self._flush(self._filled)
+
+    def append(self, data: bytes | ByteArray) -> None:
+        """Copy bytes in; for the small parts of a file."""
+        view = np.frombuffer(data, dtype=np.uint8) if isinstance(data, bytes) else data
+        done = 0
+        while done < len(view):
+            space = self.space()
+            n = min(len(space), len(view) - done)
+            space[:n] = view[done : done + n]
+            self.advance(n)
+            done += n
+
+    def finish(self) -> int:
+        """Write what is left, cut the file to its true size, make it durable; returns the size."""
+        size = self._written + self._filled
+        padded = -(-self._filled // ALIGN_BYTES) * ALIGN_BYTES
+        self._staging[self._filled : padded] = 0
+        self._flush(padded)
+        os.ftruncate(self._fd, size)
+        os.fdatasync(self._fd)
+        if not self.direct:
+            os.posix_fadvise(self._fd, 0, 0, os.POSIX_FADV_DONTNEED)
+        self._finished = True
+        return size
+
+    def _flush(self, count: int) -> None:
+        done = 0
+        view = memoryview(self._map)
+        try:
+            while done < count:
+                try:
+                    n = os.write(self._fd, view[done:count])
+                except OSError as e:
+                    if e.errno != errno.EINVAL or not self.direct:
+                        raise
+                    self._leave_direct()
+                    continue
+                done += n
+                if self.direct and n % ALIGN_BYTES:  # a short write left the offset unaligned
+                    self._leave_direct()
+        finally:
+            view.release()
+        self._written += count
+        self._filled = 0
+
+    def _leave_direct(self) -> None:
+        import fcntl
+
+        flags = fcntl.fcntl(self._fd, fcntl.F_GETFL)
+        fcntl.fcntl(self._fd, fcntl.F_SETFL, flags & ~os.O_DIRECT)
+        self.direct = False
+
+    def __enter__(self) -> "StreamWriter":
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        os.close(self._fd)
+        if not self._finished:
+            self._path.unlink(missing_ok=True)
+
+
+def sync_directory(path: Path) -> None:
+    """Make the entries of a directory durable."""
+    fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+def write_durable(path: Path, data: bytes) -> None:
+    """Create a new file with these bytes and make them durable (its directory entry is not yet).
+
+    Raises:
+        FileExistsError: the path exists already.
+    """
+    fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o644)
+    try:
+        view = memoryview(data)
+        while view:
+            view = view[os.write(fd, view) :]
+        os.fsync(fd)
+    except BaseException:
+        path.unlink(missing_ok=True)
+        raise
+    finally:
+        os.close(fd)
+
+
+def publish(path: Path, data: bytes, temporary: Path) -> None:
+    """Make a file appear whole or not at all, durably, never replacing one that differs.
+
+    The bytes go to ``temporary`` (same directory), are synced, and are linked to ``path``; finding
+    the same bytes there already is success.
+
+    Raises:
+        FileExistsError: ``path`` exists with other bytes.
+    """
+    temporary.unlink(missing_ok=True)
+    write_durable(temporary, data)
+    try:
+        os.link(temporary, path)
+    except FileExistsError:
+        if path.read_bytes() != data:
+            raise
+    finally:
+        temporary.unlink(missing_ok=True)
+    sync_directory(path.parent)

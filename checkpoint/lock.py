@@ -1,0 +1,65 @@
+"""One writer per directory: an advisory lock that the kernel drops when its holder dies."""
+
+import fcntl
+import json
+import os
+import socket
+import time
+from pathlib import Path
+from types import TracebackType
+
+from everstep.checkpoint.errors import DirectoryInUseError
+
+
+class DirectoryLock:
+    """Holds ``directory/name`` locked (flock); a context manager.
+
+    The file says who holds it, for the error message of the next one; it stays when the lock is
+    released, since deleting a lock file is a race.
+
+    Raises:
+        DirectoryInUseError: another process (or another lock of this one) holds it.
+    """
+
+    def __init__(self, directory: Path, name: str = "lock") -> None:
+        self._directory = directory
+        directory.mkdir(parents=True, exist_ok=True)
+        self._fd = os.open(directory / name, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        try:
+            fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            holder = _describe(os.pread(self._fd, 4096, 0))
+            os.close(self._fd)
+            raise DirectoryInUseError(str(directory), holder) from None
+        except OSError:
+            os.close(self._fd)
+            raise
+        mine = {"pid": os.getpid(), "host": socket.gethostname(), "since_s": time.time()}
+        os.ftruncate(self._fd, 0)
+        os.pwrite(self._fd, json.dumps(mine).encode(), 0)
+
+    def release(self) -> None:
+        """Let the next one in; may be called twice."""
+        if self._fd >= 0:
+            os.close(self._fd)
+            self._fd = -1
+
+    def __enter__(self) -> "DirectoryLock":
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.release()
+
+
+def _describe(content: bytes) -> str:
+    try:
+        holder = json.loads(content)
+        since = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(holder["since_s"]))
+        return f"process {holder['pid']} on {holder['host']}, since {since}"
+    except (ValueError, KeyError, TypeError):
+        return "an unknown process"

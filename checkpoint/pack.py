@@ -1,0 +1,318 @@
+"""A pack: the fragments of one rank as one valid safetensors file.
+
+Layout of the file, all integers little-endian::
+
+    u64 header length | JSON header, padded with spaces | data | everstep.block_crc32c
+
+The data starts at a multiple of 4096. Fragments follow each other without holes, ordered by item
+size (largest first), then name, then box, so that each is aligned to its own item size. The last
+tensor holds one CRC-32C per ``BLOCK_BYTES`` of data, as little-endian u32: the data comes first, so
+checksums computed while streaming can still be written. The header depends on the layout only.
+"""
+
+import json
+import mmap
+import os
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from types import TracebackType
+
+import numpy as np
+from everstep.checkpoint.kernels import copy_box, crc32c, crc32c_blocks, gather_box_crc
+
+from everstep.checkpoint.direct_io import ByteArray, StreamWriter
+from everstep.checkpoint.errors import BlockChecksumError, PackHeaderError, PackTruncatedError
+from everstep.checkpoint.layout import Box, Fragment
+
+PACK_VERSION = "1"
+BLOCK_BYTES = 2**20
+DATA_ALIGN_BYTES = 4096
+TABLE_NAME = "everstep.block_crc32c"
+
+
+@dataclass(frozen=True)
+class StridedBytes:
+    """The bytes of an n-d array: item [i, j, ...] lies at ``offset + i*strides[0] + ...``."""
+
+    buffer: ByteArray
+    offset_bytes: int
+    strides_bytes: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class PackPlan:
+    """Where everything goes in a pack; a function of rank and fragments only."""
+
+    rank: int
+    fragments: tuple[Fragment, ...]
+    starts: tuple[int, ...]
+    """Byte offset of each fragment in the data."""
+    data_bytes: int
+    header: bytes
+    """With its length and padding; the data starts right after it."""
+
+    @property
+    def n_blocks(self) -> int:
+        """Number of checksummed blocks."""
+        return -(-self.data_bytes // BLOCK_BYTES)
+
+    @property
+    def size_bytes(self) -> int:
+        """Size of the file."""
+        return len(self.header) + self.data_bytes + 4 * self.n_blocks
+
+
+@dataclass(frozen=True, kw_only=True)
+class PackRecord:
+    """What parts and manifests say of a pack."""
+
+    file: str
+    rank: int
+    size_bytes: int
+    data_start: int
+    """Byte offset of the data in the file."""
+    data_bytes: int
+    crc32c: int
+    """Of header and checksum table together; through the table it vouches for every byte."""
+
+
+def pack_order(fragments: Iterable[Fragment]) -> list[Fragment]:
+    """The order of fragments in a pack."""
+    return sorted(fragments, key=lambda f: (-f.spec.item_bytes, f.spec.name, f.box.offset))
+
+
+def pack_starts(ordered: Sequence[Fragment]) -> tuple[tuple[int, ...], int]:
+    """Byte offset of each fragment in the data, and the size of the data."""
+    starts, position = [], 0
+    for fragment in ordered:
+        starts.append(position)
+        position += fragment.size_bytes
+    return tuple(starts), position
+
+
+def plan_pack(rank: int, fragments: Iterable[Fragment]) -> PackPlan:
+    """Plan a pack; the result can be cached for as long as the layout stays."""
+    ordered = tuple(pack_order(fragments))
+    starts, data_bytes = pack_starts(ordered)
+    entries: dict[str, object] = {
+        "__metadata__": {
+            "everstep_pack": PACK_VERSION,
+            "rank": str(rank),
+            "fragments": json.dumps(
+                {f.key: [f.spec.name, f.spec.shape, f.box.offset] for f in ordered},
+                separators=(",", ":"),
+            ),
+        }
+    }
+    for fragment, start in zip(ordered, starts, strict=True):
+        entries[fragment.key] = {
+            "dtype": fragment.spec.dtype,
+            "shape": fragment.box.shape,
+            "data_offsets": [start, start + fragment.size_bytes],
+        }
+    table_bytes = 4 * -(-data_bytes // BLOCK_BYTES)
+    entries[TABLE_NAME] = {
+        "dtype": "U8",
+        "shape": [table_bytes],
+        "data_offsets": [data_bytes, data_bytes + table_bytes],
+    }
+    text = json.dumps(entries, separators=(",", ":")).encode()
+    padded = -(-(8 + len(text)) // DATA_ALIGN_BYTES) * DATA_ALIGN_BYTES - 8
+    header = padded.to_bytes(8, "little") + text.ljust(padded)
+    return PackPlan(rank, ordered, starts, data_bytes, header)
+
+
+def write_pack(
+    path: Path,
+    plan: PackPlan,
+    sources: Mapping[Fragment, StridedBytes],
+    *,
+    threads: int = 1,
+    on_bytes: Callable[[int], None] | None = None,
+) -> PackRecord:
+    """Write a new pack and make it durable; on any error the file is gone again.
+
+    Args:
+        path: the file to create.
+        plan: its plan.
+        sources: where the bytes of each fragment of the plan are.
+        threads: copy threads.
+        on_bytes: called with the number of data bytes taken over so far.
+
+    Raises:
+        FileExistsError: the path exists already.
+        OSError: as the file system reports it.
+    """
+    crcs = np.zeros(plan.n_blocks, dtype=np.uint32)
+    with StreamWriter(path) as out:
+        out.append(plan.header)
+        for fragment, start in zip(plan.fragments, plan.starts, strict=True):
+            source, done = sources[fragment], 0
+            while done < fragment.size_bytes:
+                space = out.space()
+                n = min(len(space), fragment.size_bytes - done)
+                gather_box_crc(
+                    space,
+                    0,
+                    source.buffer,
+                    source.offset_bytes,
+                    source.strides_bytes,
+                    fragment.box.shape,
+                    fragment.spec.item_bytes,
+                    begin_bytes=done,
+                    end_bytes=done + n,
+                    stream_offset_bytes=start + done,
+                    block_bytes=BLOCK_BYTES,
+                    block_crcs=crcs,
+                    threads=threads,
+                )
+                out.advance(n)
+                done += n
+                if on_bytes is not None:
+                    on_bytes(start + done)
+        table = crcs.astype("<u4").tobytes()
+        out.append(table)
+        size_bytes = out.finish()
+    return PackRecord(
+        file=path.name,
+        rank=plan.rank,
+        size_bytes=size_bytes,
+        data_start=len(plan.header),
+        data_bytes=plan.data_bytes,
+        crc32c=crc32c(table, crc32c(plan.header)),
+    )
+
+
+class PackReader:
+    """Reads boxes out of a pack, verifying every block that it touches; a context manager.
+
+    Raises:
+        PackTruncatedError: the file is missing or has another size than its record.
+        PackHeaderError: header or checksum table are not what the record says.
+    """
+
+    def __init__(self, path: Path, record: PackRecord, *, threads: int = 1) -> None:
+        self._path, self._record, self._threads = path, record, threads
+        self._bytes = _map_file(path, record.size_bytes)
+        table_start = record.data_start + record.data_bytes
+        header, table = self._bytes[: record.data_start], self._bytes[table_start:]
+        if crc32c(table, crc32c(header)) != record.crc32c:
+            raise PackHeaderError(path, "its header or checksum table does not match the manifest")
+        self._data = self._bytes[record.data_start : table_start]
+        self._expected = np.frombuffer(table.tobytes(), dtype="<u4")
+        if len(self._expected) != -(-record.data_bytes // BLOCK_BYTES):
+            raise PackHeaderError(path, "its checksum table has the wrong length")
+        self._verified = np.zeros(len(self._expected), dtype=bool)
+
+    def read_box(
+        self, fragment: Fragment, start: int, box: Box, target: StridedBytes, target_offset: int
+    ) -> None:
+        """Copy a box of a fragment into an array.
+
+        Args:
+            fragment: the fragment, stored densely.
+            start: its byte offset in the data.
+            box: the box to copy, inside the fragment's.
+            target: the array to fill; writable.
+            target_offset: byte offset in ``target.buffer`` of the first item of ``box``.
+
+        Raises:
+            BlockChecksumError: a touched block is damaged; nothing was copied.
+        """
+        strides = _dense_strides(fragment.box.shape, fragment.spec.item_bytes)
+        inside = box.relative_to(fragment.box)
+        first = start + sum(i * s for i, s in zip(inside, strides, strict=True))
+        last = first + sum((n - 1) * s for n, s in zip(box.shape, strides, strict=True))
+        self._verify(first, last + fragment.spec.item_bytes)
+        copy_box(
+            target.buffer,
+            target_offset,
+            target.strides_bytes,
+            self._data,
+            first,
+            strides,
+            box.shape,
+            fragment.spec.item_bytes,
+            threads=self._threads,
+        )
+
+    def verify_all(self) -> None:
+        """Check every block."""
+        self._verify(0, self._record.data_bytes)
+
+    def _verify(self, begin: int, end: int) -> None:
+        first, stop = begin // BLOCK_BYTES, -(-end // BLOCK_BYTES)
+        while first < stop:
+            if self._verified[first]:
+                first += 1
+                continue
+            run = first
+            while run < stop and not self._verified[run]:
+                run += 1
+            found = crc32c_blocks(
+                self._data[first * BLOCK_BYTES : run * BLOCK_BYTES],
+                BLOCK_BYTES,
+                threads=self._threads,
+            )
+            bad = np.flatnonzero(found != self._expected[first:run])
+            if len(bad):
+                at = int(bad[0])
+                raise BlockChecksumError(
+                    self._path, first + at, int(self._expected[first + at]), int(found[at])
+                )
+            self._verified[first:run] = True
+            first = run
+
+    def close(self) -> None:
+        """Let go of the file."""
+        del self._bytes, self._data
+
+    def __enter__(self) -> "PackReader":
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+
+@dataclass(frozen=True)
+class PackIndex:
+    """Where fragments lie in a pack, from the fragments alone: no header needs to be read."""
+
+    fragments: tuple[Fragment, ...]
+
+    @cached_property
+    def starts(self) -> dict[tuple[str, tuple[int, ...]], tuple[int, Fragment]]:
+        """(tensor name, box offset) -> (byte offset in the data, fragment)."""
+        ordered = pack_order(self.fragments)
+        starts, _ = pack_starts(ordered)
+        return {(f.spec.name, f.box.offset): (s, f) for f, s in zip(ordered, starts, strict=True)}
+
+
+def _map_file(path: Path, size_bytes: int) -> ByteArray:
+    try:
+        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    except FileNotFoundError:
+        raise PackTruncatedError(path, "the file is missing") from None
+    try:
+        found = os.fstat(fd).st_size
+        if found != size_bytes:
+            raise PackTruncatedError(path, f"it has {found} bytes, expected {size_bytes}")
+        mapped = mmap.mmap(fd, size_bytes, prot=mmap.PROT_READ)
+    finally:
+        os.close(fd)
+    return np.frombuffer(mapped, dtype=np.uint8)
+
+
+def _dense_strides(shape: Sequence[int], item_bytes: int) -> tuple[int, ...]:
+    strides, step = [], item_bytes
+    for n in reversed(shape):
+        strides.append(step)
+        step *= n
+    return tuple(reversed(strides))

@@ -1,0 +1,123 @@
+"""The torch engine of one rank: forward, backward, update, evaluation, on any mesh."""
+
+from collections.abc import Iterable, Sequence
+from typing import Protocol
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from everstep.checkpoint.torch_state import State
+from everstep.trainer.config import RunConfig
+from everstep.trainer.data import MicroBatch, TrainStream
+from everstep.trainer.init import materialise
+from everstep.trainer.loss import token_loss_sum
+from everstep.trainer.mesh import build_mesh
+from everstep.trainer.mesh_shape import MeshShape
+from everstep.trainer.model import build_model, logits_of
+from everstep.trainer.optim import build_optimizer, build_scheduler, clip_gradients
+from everstep.trainer.parallelize import parallelize, set_gradient_sync
+
+
+class Engine(Protocol):
+    """What the loop needs; another engine trains the same model with other machinery."""
+
+    def forward_backward(self, batches: Sequence[MicroBatch]) -> Tensor:
+        """Gradients of one step's micro batches; this rank's sum of token losses, fp64, 0-d."""
+        ...
+
+    def apply_gradients(self) -> float:
+        """Clip, update, clear; the global gradient norm before clipping."""
+        ...
+
+    def evaluate(self, batches: Iterable[MicroBatch]) -> Tensor:
+        """This rank's (sum of token losses, tokens), fp64, shape (2,)."""
+        ...
+
+    def state(self, data: TrainStream) -> State:
+        """What a checkpoint of this run holds."""
+        ...
+
+
+class TorchEngine:
+    """FSDP2, HSDP and tensor parallelism; creating one is a collective call.
+
+    Args:
+        config: the run.
+        shape: the resolved mesh.
+        device: where this rank computes.
+        vocab_size: the tokenizer's.
+    """
+
+    def __init__(
+        self, config: RunConfig, shape: MeshShape, device: torch.device, vocab_size: int
+    ) -> None:
+        self.device = device
+        self.mesh = build_mesh(shape, device.type)
+        model = build_model(
+            config.model,
+            vocab_size=vocab_size,
+            seq_len=config.data.seq_len,
+            seed=config.seed,
+        )
+        self.model: nn.Module = parallelize(model, self.mesh, shape, config.parallel)
+        materialise(self.model, device, config.seed)
+        self.optimizer = build_optimizer(self.model, config.optim)
+        self.scheduler = build_scheduler(self.optimizer, config.optim, config.train.steps)
+        self._clip_norm = config.optim.clip_norm
+        global_tokens = config.data.global_batch * config.data.seq_len
+        self._loss_scale = shape.dp / global_tokens  # FSDP averages gradients over the dp ranks
+
+    @property
+    def lr(self) -> float:
+        """Learning rate of the next update."""
+        return float(self.optimizer.param_groups[0]["lr"])
+
+    def forward_backward(self, batches: Sequence[MicroBatch]) -> Tensor:
+        """See ``Engine``; gradients are reduced with the last micro batch only."""
+        total = torch.zeros((), dtype=torch.float64, device=self.device)
+        for index, batch in enumerate(batches):
+            set_gradient_sync(self.model, index == len(batches) - 1)
+            loss_sum = self._loss_sum(batch)
+            (loss_sum * self._loss_scale).backward()
+            total += loss_sum.detach()
+        return total
+
+    def apply_gradients(self) -> float:
+        """See ``Engine``."""
+        norm = clip_gradients(self.model.parameters(), self._clip_norm)
+        self.optimizer.step()
+        self.scheduler.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        return norm
+
+    def evaluate(self, batches: Iterable[MicroBatch]) -> Tensor:
+        """See ``Engine``."""
+        total = torch.zeros(2, dtype=torch.float64, device=self.device)
+        self.model.eval()
+        try:
+            with torch.no_grad():
+                for batch in batches:
+                    total[0] += self._loss_sum(batch)
+                    total[1] += batch.targets_BL.size
+        finally:
+            self.model.train()
+        return total
+
+    def state(self, data: TrainStream) -> State:
+        """See ``Engine``."""
+        return State(
+            model=self.model, optimizer=self.optimizer, scheduler=self.scheduler, data=data
+        )
+
+    def _loss_sum(self, batch: MicroBatch) -> Tensor:
+        tokens_BL = torch.from_numpy(batch.tokens_BL).to(self.device, non_blocking=True)
+        targets_BL = torch.from_numpy(batch.targets_BL).to(self.device, non_blocking=True)
+        sample_B = torch.from_numpy(batch.sample_B).to(self.device, non_blocking=True)
+        return token_loss_sum(logits_of(self.model, tokens_BL, sample_B), targets_BL)
+
+
+def sum_over_ranks(values: Tensor, tp: int) -> list[float]:
+    """Sums over the data-parallel ranks; tensor-parallel ranks hold the same values."""
+    dist.all_reduce(values)
+    return [value / tp for value in values.tolist()]

@@ -1,0 +1,63 @@
+"""What a finished run tells its user: one screen of at most 100 columns."""
+
+import math
+import textwrap
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from torch import nn
+
+if TYPE_CHECKING:
+    from everstep.trainer.loop import Run
+
+WIDTH = 98
+SAMPLE_LINES = 12
+
+
+def summarise(run: "Run", run_dir: Path, sample: str | None) -> list[str]:
+    """The closing lines of a run that has done all its steps."""
+    config, corpus = run.config, run.corpus
+    tokens = config.train.steps * config.data.global_batch * config.data.seq_len
+    epochs = run.stream.position / run.stream.samples_per_epoch
+    lines = [
+        f"Trained {count_parameters(run.engine.model) / 1e6:.2f} M parameters on {run.shape}",
+        f"  data         {corpus.name}: {tokens / 1e6:.2f} M tokens seen, {epochs:.2f} epochs",
+    ]
+    if math.isfinite(run.first_loss):
+        lines.append(f"  train loss   {run.first_loss:.3f} -> {run.last_loss:.3f} nats per token")
+    else:
+        lines.append("  train loss   nothing was left to train")
+    if math.isfinite(run.eval_loss):
+        lines.append(f"  held-out     {run.eval_loss:.3f} nats per token")
+    lines.append(
+        f"  for scale    {corpus.entropy_nats:.3f} is the unigram entropy of the corpus: "
+        "a model that only counts"
+    )
+    if sample is not None:
+        lines += ["", "What it writes now:", *_indent(sample)]
+    resume = f"--run-dir {run_dir} train.steps={2 * config.train.steps}"
+    lines += [
+        "",
+        f"Everything is in {run_dir}/",
+        "  metrics.jsonl  loss of every step    config.yaml  the resolved run",
+        f"  checkpoints/   step {run.saved_step} is durable    logs/  of every rank",
+        "Try next:",
+        f"  everstep train {config.name} {resume}    (goes on from here)",
+        f"  everstep config show {config.name}    (everything that can be changed)",
+    ]
+    return lines
+
+
+def count_parameters(model: nn.Module) -> int:
+    """Parameters of the whole model, tied ones once, whatever its sharding."""
+    return sum(p.numel() for p in model.parameters())
+
+
+def _indent(sample: str) -> list[str]:
+    printable = "".join(c if c.isprintable() or c == "\n" else "?" for c in sample)
+    lines = [
+        piece
+        for line in printable.splitlines()
+        for piece in (textwrap.wrap(line, WIDTH - 4, drop_whitespace=False) or [""])
+    ]
+    return [f"  | {line}" for line in lines[:SAMPLE_LINES]]

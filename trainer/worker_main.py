@@ -1,0 +1,218 @@
+"""One rank of a run, from its spec to its exit code; the same under every launcher."""
+
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from everstep.trainer.sample import generate
+
+from everstep.checkpoint.checkpointer import Checkpointer, StepInfo
+from everstep.checkpoint.collective import Collective, on_rank0
+from everstep.checkpoint.errors import CheckpointError
+from everstep.checkpoint.torch_collective import ProcessGroupCollective
+from everstep.checkpoint.torch_rng import derive_rng
+from everstep.trainer.config import RunConfig
+from everstep.trainer.config_load import parse_config
+from everstep.trainer.data import Corpus, TrainStream, open_corpus
+from everstep.trainer.engine import TorchEngine
+from everstep.trainer.loop import Run, Say, train
+from everstep.trainer.mesh_shape import MeshShape, check_config, local_device, resolve_mesh
+from everstep.trainer.metrics import open_sinks
+from everstep.trainer.rank_spec import RankSpec, Reporter, StopRequested
+from everstep.trainer.summary import summarise
+
+EXIT_DONE = 0
+EXIT_STOPPED = 75
+"""Stopped on request, state saved: the same command goes on (EX_TEMPFAIL of sysexits.h)."""
+SAMPLE_PROMPT = "def "
+
+
+def run_rank(spec: RankSpec, report: Reporter, should_stop: StopRequested) -> int:
+    """Train as one rank of a job.
+
+    Args:
+        spec: what to run, as which rank.
+        report: takes this rank's reports (see ``rank_spec``).
+        should_stop: asked once per step.
+
+    Returns:
+        ``EXIT_DONE`` or ``EXIT_STOPPED``.
+
+    Raises:
+        EverstepError: what a person can mend; every other error is a defect or a lost peer.
+    """
+
+    def say(kind: str, **facts: Any) -> None:
+        report({"kind": kind, "rank": spec.rank, **facts})
+
+    config = parse_config(spec.config_yaml, f"{spec.run_dir}/config.yaml")
+    shape = resolve_mesh(config.mesh, spec.world_size)
+    check_config(config, shape)
+    device = _choose_device(config, spec)
+    _join_group(config, spec, device)
+    try:
+        return _run(spec, config, shape, device, say if spec.rank == 0 else _mute, should_stop)
+    finally:
+        dist.destroy_process_group()
+
+
+def _run(
+    spec: RankSpec,
+    config: RunConfig,
+    shape: MeshShape,
+    device: torch.device,
+    say: Say,
+    should_stop: StopRequested,
+) -> int:
+    run_dir = Path(spec.run_dir)
+    collective = ProcessGroupCollective(timeout_s=config.parallel.timeout_s)
+    corpus = _open_corpus(config, run_dir, collective, say)
+    coordinate = {a: i for a, i in shape.coordinate(spec.rank).items() if a != "pp"}
+    dp_rank = coordinate["dp_replicate"] * shape.dp_shard + coordinate["dp_shard"]
+    engine = TorchEngine(config, shape, device, corpus.vocab_size)
+    place = ".".join(f"{axis}{index}" for axis, index in coordinate.items())
+    derive_rng(config.seed, 0, place)
+    stream = TrainStream(corpus, config.data, config.seed, dp_rank, shape.dp)
+    with Checkpointer(
+        run_dir / "checkpoints",
+        keep=config.checkpoint.keep,
+        collective=collective,
+        mesh={axis: getattr(shape, axis) for axis in coordinate},
+        coordinate=coordinate,
+        seed=config.seed,
+        threads=torch.get_num_threads(),
+    ) as checkpointer:
+        loaded = _resume(spec, checkpointer, engine, stream, say)
+        done_steps = loaded.step if loaded else 0
+        sinks = open_sinks(config, run_dir, done_steps) if spec.rank == 0 else []
+        run = Run(
+            config=config,
+            shape=shape,
+            dp_rank=dp_rank,
+            corpus=corpus,
+            stream=stream,
+            engine=engine,
+            checkpointer=checkpointer,
+            sinks=sinks,
+            say=say,
+            should_stop=should_stop,
+            done_steps=done_steps,
+            saved_step=done_steps,
+        )
+        try:
+            finished = train(run)
+        finally:
+            for sink in sinks:
+                sink.close()
+        if not finished:
+            say("stopped", step=run.done_steps)
+            return EXIT_STOPPED
+        sample = _sample(run)
+        say("summary", lines=summarise(run, run_dir, sample))
+        say("done", step=run.done_steps)
+        return EXIT_DONE
+
+
+def _choose_device(config: RunConfig, spec: RankSpec) -> torch.device:
+    gpus = torch.cuda.device_count()
+    if local_device(config.parallel.device, gpus, spec.local_world_size) == "cpu":
+        return torch.device("cpu")
+    torch.cuda.set_device(spec.local_rank)
+    return torch.device("cuda", spec.local_rank)
+
+
+def _join_group(config: RunConfig, spec: RankSpec, device: torch.device) -> None:
+    """Join the default process group; the store outlives every rank (it is the launcher's)."""
+    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+    timeout = timedelta(seconds=config.parallel.timeout_s)
+    if spec.store is None:
+        dist.init_process_group(
+            backend, rank=spec.rank, world_size=spec.world_size, timeout=timeout
+        )
+        return
+    host, _, port = spec.store.rpartition(":")
+    store = dist.TCPStore(host, int(port), is_master=False, timeout=timeout)
+    dist.init_process_group(
+        backend,
+        store=dist.PrefixStore(f"attempt{spec.attempt}", store),
+        rank=spec.rank,
+        world_size=spec.world_size,
+        timeout=timeout,
+    )
+
+
+def _open_corpus(config: RunConfig, run_dir: Path, collective: Collective, say: Say) -> Corpus:
+    """Rank 0 tokenises what is not cached yet; then all ranks map the same file."""
+    cache = run_dir / "cache"
+    shown = -1
+
+    def progress(done_bytes: int, total_bytes: int) -> None:
+        nonlocal shown
+        tenth = 10 * done_bytes // max(1, total_bytes)
+        if tenth > shown:
+            shown = tenth
+            say("message", text=f"reading the corpus: {10 * tenth} % of {total_bytes / 1e6:.0f} MB")
+
+    def build() -> None:
+        corpus = open_corpus(config.data, cache, progress=progress)
+        left_out = f", {len(corpus.skipped)} files left out" if corpus.skipped else ""
+        say(
+            "message",
+            text=f"corpus: {corpus.name}, {corpus.documents:,} documents, "
+            f"{corpus.tokens_train.size:,} training tokens{left_out}",
+        )
+
+    on_rank0(collective, "corpus", build)
+    return open_corpus(config.data, cache, build=False)
+
+
+def _resume(
+    spec: RankSpec,
+    checkpointer: Checkpointer,
+    engine: TorchEngine,
+    stream: TrainStream,
+    say: Say,
+) -> StepInfo | None:
+    if spec.resume == "never":
+        if (latest := checkpointer.latest()) is not None:
+            raise CheckpointError(
+                f"{spec.run_dir} holds checkpoints up to step {latest}, and --resume never would "
+                "leave them behind: choose another --run-dir, or --resume auto to go on"
+            )
+        return None
+    step = None if spec.resume == "auto" else int(spec.resume)
+    checkpointer.load(engine.state(stream), step)
+    info = checkpointer.loaded
+    if info is not None:
+        say("resumed", step=info.step, path=info.path)
+        if not info.rng_restored:
+            say(
+                "message",
+                text="the checkpoint is from another mesh: torch's random generators start anew "
+                "from (seed, step, mesh coordinate)",
+            )
+    return info
+
+
+def _sample(run: Run) -> str | None:
+    """Text that the model writes after a short prompt; None where none was asked for."""
+    n_tokens = run.config.train.sample_tokens
+    if not n_tokens:
+        return None
+    prompt = run.corpus.encode(SAMPLE_PROMPT)
+    ids = generate(
+        run.engine.model,
+        prompt,
+        n_tokens,
+        temperature=0.7,
+        seed=run.config.seed,
+        seq_len=run.config.data.seq_len,
+        vocab_size=run.corpus.vocab_size,
+    )
+    return run.corpus.decode(ids)
+
+
+def _mute(kind: str, **facts: Any) -> None:
+    """Only rank 0 reports progress; errors of every rank are reported by its launcher."""
