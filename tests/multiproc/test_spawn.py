@@ -3,6 +3,7 @@
 import os
 import signal
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -36,11 +37,11 @@ def _sleep_on(rank: int, world_size: int, bad: int) -> None:
         time.sleep(60)
 
 
-def test_results_by_rank_and_workers_are_reused() -> None:
-    first = run_ranks(_sum_of_ranks, 2, 10.0)
-    again = run_ranks(_sum_of_ranks, 2, 1.0)
-    assert [value for value, _ in first + again] == [10.0, 10.0, 1.0, 1.0]
-    assert {pid for _, pid in first} == {pid for _, pid in again}
+def test_results_come_by_rank_and_no_process_stays() -> None:
+    results = run_ranks(_sum_of_ranks, 3, 10.0)
+    assert [value for value, _ in results] == [30.0, 30.0, 30.0]
+    assert len({pid for _, pid in results}) == 3
+    assert not any(Path(f"/proc/{pid}").exists() for _, pid in results)
 
 
 def test_the_raising_rank_is_named_not_its_neighbours() -> None:

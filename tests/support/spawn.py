@@ -1,20 +1,18 @@
-"""Run a function on several gloo ranks: a session-wide pool of forked worker processes.
+"""Run a function on several gloo ranks, each a freshly forked process.
 
-Importing torch costs seconds, so a fork server imports it once and workers are forked from there.
-Workers are reused from call to call (any world size; a fresh process group each time) and thrown
-away when a call fails, so that nothing a broken rank left behind reaches the next test.
+Importing torch costs seconds, so a fork server does it once per test session and every rank is
+forked from there (about 0.1 s). Ranks are never reused: DTensor and FSDP2 cache device meshes whose
+process groups do not outlive the call.
 """
 
-import atexit
 import contextlib
 import ctypes
 import faulthandler
-import gc
+import math
 import multiprocessing
 import os
 import pickle
 import random
-import shutil
 import signal
 import sys
 import tempfile
@@ -27,6 +25,8 @@ from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 PRELOAD = [
     "pytest",
@@ -67,6 +67,7 @@ class _Failure:
 
 @dataclass(frozen=True)
 class _Worker:
+    rank: int
     process: BaseProcess
     pipe: Connection
     log: Path
@@ -75,73 +76,21 @@ class _Worker:
         text = self.log.read_bytes()[-limit_bytes:].decode(errors="replace").strip()
         return f"\n--- end of its output ---\n{text}" if text else ""
 
+    def wait_started(self) -> None:
+        if not self.pipe.poll(START_LIMIT_S):
+            raise RankError(self.rank, f"rank {self.rank} did not start in {START_LIMIT_S:.0f} s")
+        with contextlib.suppress(EOFError):  # it died: noticed when its result is missing
+            self.pipe.recv()
+
+    def send(self, call: bytes) -> None:
+        with contextlib.suppress(BrokenPipeError):
+            self.pipe.send_bytes(call)
+
     def kill(self) -> None:
         self.process.kill()
         self.process.join()
+        self.process.close()
         self.pipe.close()
-        self.log.unlink(missing_ok=True)
-
-
-class RankPool:
-    """Workers that are idle between calls."""
-
-    def __init__(self) -> None:
-        self._context = multiprocessing.get_context("forkserver")
-        self._context.set_forkserver_preload(PRELOAD)
-        self._folder = Path(tempfile.mkdtemp(prefix="everstep-ranks-"))
-        self._idle: list[_Worker] = []
-        self._count = 0
-
-    def run(
-        self, fn: Callable[..., Any], world_size: int, args: tuple[Any, ...], timeout_s: float
-    ) -> list[Any]:
-        workers = self._take(world_size)
-        rendezvous = self._folder / f"rendezvous-{self._next()}"
-        try:
-            call = pickle.dumps((fn, args))
-            for rank, worker in enumerate(workers):
-                worker.pipe.send((call, rank, world_size, str(rendezvous), timeout_s))
-            results = _collect(workers, timeout_s)
-        except BaseException:
-            for worker in workers:
-                worker.kill()
-            raise
-        finally:
-            rendezvous.unlink(missing_ok=True)
-        self._idle.extend(workers)
-        return results
-
-    def close(self) -> None:
-        for worker in self._idle:
-            worker.kill()
-        self._idle.clear()
-        shutil.rmtree(self._folder, ignore_errors=True)
-
-    def _next(self) -> int:
-        self._count += 1
-        return self._count
-
-    def _take(self, count: int) -> list[_Worker]:
-        workers, self._idle = self._idle[:count], self._idle[count:]
-        fresh = [self._start() for _ in range(count - len(workers))]
-        for worker in fresh:
-            if not worker.pipe.poll(START_LIMIT_S):
-                for each in [*workers, *fresh]:
-                    each.kill()
-                raise RankError(0, f"a worker did not start within {START_LIMIT_S:.0f} s")
-            worker.pipe.recv()
-        return workers + fresh
-
-    def _start(self) -> _Worker:
-        ours, theirs = self._context.Pipe()
-        log = self._folder / f"worker-{self._next()}.log"
-        process = self._context.Process(target=_serve, args=(theirs, str(log)), daemon=True)
-        process.start()
-        theirs.close()
-        return _Worker(process=process, pipe=ours, log=log)
-
-
-_pool: RankPool | None = None
 
 
 def run_ranks(
@@ -151,19 +100,42 @@ def run_ranks(
 
     ``fn`` is a module-level function; arguments and results are pickled (return NumPy arrays and
     Python values rather than tensors). Raises RankError with the first failing rank's traceback.
+    Every rank has ended when this returns or raises.
     """
-    global _pool
-    if _pool is None:
-        _pool = RankPool()
-        atexit.register(_pool.close)
-    return _pool.run(fn, world_size, args, timeout_s)
+    call = pickle.dumps((fn, args))
+    workers: list[_Worker] = []
+    with tempfile.TemporaryDirectory(prefix="everstep-ranks-") as folder:
+        try:
+            workers.extend(
+                _start(Path(folder), rank, world_size, timeout_s) for rank in range(world_size)
+            )
+            for worker in workers:
+                worker.wait_started()
+            for worker in workers:
+                worker.send(call)
+            return _collect(workers, timeout_s)
+        finally:
+            for worker in workers:
+                worker.kill()
+
+
+def _start(folder: Path, rank: int, world_size: int, timeout_s: float) -> _Worker:
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(PRELOAD)
+    ours, theirs = context.Pipe()
+    log = folder / f"rank-{rank}.log"
+    arguments = (theirs, str(log), rank, world_size, str(folder / "rendezvous"), timeout_s)
+    process = context.Process(target=_serve, args=arguments, daemon=True)
+    process.start()
+    theirs.close()
+    return _Worker(rank=rank, process=process, pipe=ours, log=log)
 
 
 def _collect(workers: Sequence[_Worker], timeout_s: float) -> list[Any]:
     """Wait for every worker's result; raise RankError once one fails or time is up."""
     results: dict[int, Any] = {}
     failures: list[_Failure] = []
-    deadline_s = time.monotonic() + timeout_s
+    deadline_s, first_failure_s = time.monotonic() + timeout_s, math.inf
     waiting = {worker.pipe: rank for rank, worker in enumerate(workers)}
     while waiting:
         ready = wait(list(waiting), timeout=max(0.0, deadline_s - time.monotonic()))
@@ -173,11 +145,12 @@ def _collect(workers: Sequence[_Worker], timeout_s: float) -> list[Any]:
             outcome = _receive(workers[rank], rank)
             if isinstance(outcome, _Failure):
                 failures.append(outcome)
+                first_failure_s = min(first_failure_s, time.monotonic())
             else:
                 results[rank] = outcome[0]
-        if failures and time.monotonic() < deadline_s and deadline_s - time.monotonic() > 0.5:
-            deadline_s = time.monotonic() + 0.5  # neighbours that failed with it, to name the first
-        elif not ready:
+        if failures:  # a moment for others that failed with it, to name the first
+            deadline_s = min(deadline_s, first_failure_s + 0.2)
+        if not ready:
             break
     if failures:
         first = min(failures, key=lambda failure: (not failure.died, failure.time_s))
@@ -214,45 +187,44 @@ def _timed_out(workers: Sequence[_Worker], ranks: Sequence[int], timeout_s: floa
     return RankError(ranks[0], text + "".join(workers[rank].log_tail() for rank in ranks))
 
 
-def _serve(pipe: Connection, log: str) -> None:
-    """A worker's life: answer calls until the pipe closes."""
+def _serve(
+    pipe: Connection, log: str, rank: int, world_size: int, rendezvous: str, timeout_s: float
+) -> None:
+    """The life of a rank: start, answer one call, end."""
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     with open(log, "ab", buffering=0) as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
-    faulthandler.register(signal.SIGUSR1, file=sys.__stderr__ or 2, all_threads=True)
+    faulthandler.register(signal.SIGUSR1, file=2, all_threads=True)
+    if sys.platform == "linux":
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
     import torch
 
     torch.set_num_threads(1)
-    if sys.platform == "linux":
-        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
-    pipe.send("ready")
-    while True:
-        try:
-            call, rank, world_size, rendezvous, timeout_s = pipe.recv()
-        except EOFError:
-            return
-        try:
-            result = _call_in_group(call, rank, world_size, rendezvous, timeout_s)
-            pipe.send(("result", pickle.dumps(result)))
-        except Exception as error:
-            text = "".join(traceback.format_exception(error))
-            pipe.send(("error", time.monotonic(), text, _pickled(error)))
-            return  # the group is in an unknown state: end here, the pool starts another
-        sys.stdout.flush()
+    pipe.send("started")
+    try:
+        fn, args = pickle.loads(pipe.recv_bytes())
+        for seed in (random.seed, np.random.seed, torch.manual_seed):
+            seed(0)
+        result = _call_in_group(fn, args, rank, world_size, rendezvous, timeout_s)
+        pipe.send(("result", pickle.dumps(result)))
+    except Exception as error:
+        text = "".join(traceback.format_exception(error))
+        pipe.send(("error", time.monotonic(), text, _pickled(error)))
+    pipe.recv()  # stay until killed: a closing connection would make neighbours fail as well
 
 
 def _call_in_group(
-    call: bytes, rank: int, world_size: int, rendezvous: str, timeout_s: float
+    fn: Callable[..., Any],
+    args: tuple[Any, ...],
+    rank: int,
+    world_size: int,
+    rendezvous: str,
+    timeout_s: float,
 ) -> Any:
-    import numpy as np
-    import torch
     import torch.distributed as dist
 
-    fn, args = pickle.loads(call)
-    for seed in (random.seed, np.random.seed, torch.manual_seed):
-        seed(0)
     dist.init_process_group(
         "gloo",
         init_method=f"file://{rendezvous}",
@@ -260,12 +232,7 @@ def _call_in_group(
         world_size=world_size,
         timeout=timedelta(seconds=timeout_s),
     )
-    result = fn(rank, world_size, *args)
-    dist.barrier()
-    if dist.is_initialized():
-        dist.destroy_process_group()
-    gc.collect()
-    return result
+    return fn(rank, world_size, *args)
 
 
 def _pickled(error: Exception) -> bytes | None:
