@@ -1,0 +1,121 @@
+"""Putting a model on a mesh: tensor parallelism, recomputation, compilation, FSDP2, in that order.
+
+Recomputation and compilation replace a block's ``forward`` rather than wrapping the block: names of
+parameters stay what they are, and FSDP2's hooks stay outside, so that weights are gathered once.
+"""
+
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.utils.checkpoint import checkpoint
+
+from everstep.trainer.config import ParallelConfig
+from everstep.trainer.errors import ConfigError
+from everstep.trainer.model import Llama
+from everstep.trainer.tensor_parallel import apply_tensor_parallel
+
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
+
+    from everstep.trainer.mesh_shape import MeshShape
+
+KEEP_GATHERED_BYTES = 1 << 30
+"""Weights up to this size stay gathered between forward and backward: one gather less per step."""
+
+
+def parallelize(
+    model: nn.Module, mesh: "DeviceMesh", shape: "MeshShape", parallel: ParallelConfig
+) -> nn.Module:
+    """Distribute ``model`` over ``mesh`` in place and return it; ``init.materialise`` comes next.
+
+    A single rank in fp32 needs no FSDP2 and gets none. Gradients are means over data-parallel
+    ranks: see ``loss_scale``. Raises ConfigError for a user's model with tensor parallelism.
+    """
+    if shape.tp > 1:
+        if not isinstance(model, Llama):
+            raise ConfigError(
+                f"mesh.tp={shape.tp} needs the built-in model, but model.factory is set: use "
+                "mesh.dp_shard to share its memory instead"
+            )
+        apply_tensor_parallel(model, mesh["tp"])
+    for block in _blocks(model):
+        if parallel.compile:
+            block.forward = torch.compile(block.forward)
+        if parallel.activation_checkpointing:
+            block.forward = _recomputed(block.forward)
+    if shape.dp > 1 or parallel.precision == "bf16":
+        _shard(model, mesh, shape, parallel)
+    return model
+
+
+def set_gradient_sync(model: nn.Module, enabled: bool) -> None:
+    """Whether the next backward passes reduce gradients over data-parallel ranks.
+
+    Off for all but the last micro batch of a step; without FSDP2 there is nothing to do.
+    """
+    if isinstance(model, FSDPModule):
+        model.set_requires_gradient_sync(enabled)
+
+
+def loss_scale(shape: "MeshShape", global_tokens: int) -> float:
+    """Factor on a micro batch's summed token loss before backward.
+
+    With it, FSDP2's mean over data-parallel ranks, summed over micro batches, is the gradient of
+    the mean loss over all ``global_tokens`` tokens of the step.
+    """
+    return shape.dp / global_tokens
+
+
+def _shard(
+    model: nn.Module, mesh: "DeviceMesh", shape: "MeshShape", parallel: ParallelConfig
+) -> None:
+    data_mesh = mesh["dp_replicate", "dp_shard"] if shape.dp_replicate > 1 else mesh["dp_shard"]
+    block_policy, root_policy = MixedPrecisionPolicy(), MixedPrecisionPolicy()
+    if parallel.precision == "bf16":
+        # The built-in model's blocks get bf16 activations and fp32 rotary tables: cast neither.
+        block_policy = MixedPrecisionPolicy(
+            param_dtype=torch.bfloat16,
+            reduce_dtype=torch.float32,
+            cast_forward_inputs=not isinstance(model, Llama),
+        )
+        root_policy = MixedPrecisionPolicy(
+            param_dtype=torch.bfloat16, reduce_dtype=torch.float32, output_dtype=torch.float32
+        )
+    reshard = _gathered_bytes(model, shape, parallel) > KEEP_GATHERED_BYTES
+    blocks = list(_blocks(model))
+    for block in blocks:
+        # The last block's backward follows its forward at once.
+        fully_shard(
+            block,
+            mesh=data_mesh,
+            mp_policy=block_policy,
+            reshard_after_forward=reshard and block is not blocks[-1],
+        )
+    fully_shard(model, mesh=data_mesh, mp_policy=root_policy, reshard_after_forward=False)
+
+
+def _gathered_bytes(model: nn.Module, shape: "MeshShape", parallel: ParallelConfig) -> int:
+    """Size of one rank's weights when all of them are gathered."""
+    item_bytes = 2 if parallel.precision == "bf16" else 4
+    return sum(parameter.numel() for parameter in model.parameters()) * item_bytes // shape.tp
+
+
+def _blocks(model: nn.Module) -> Iterator[nn.Module]:
+    """The repeated parts of a model: outermost children of every ModuleList."""
+    for child in model.children():
+        if isinstance(child, nn.ModuleList):
+            yield from child
+        else:
+            yield from _blocks(child)
+
+
+def _recomputed(forward: Callable[..., Any]) -> Callable[..., Any]:
+    """``forward`` that keeps its inputs only and runs again in backward."""
+
+    def recomputed(*args: Any, **kwargs: Any) -> Any:
+        return checkpoint(forward, *args, use_reentrant=False, **kwargs)
+
+    return recomputed
