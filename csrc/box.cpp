@@ -19,6 +19,7 @@ int64_t magnitude(int64_t stride) {
 template <size_t kBytes>
 void copy_items(uint8_t* dst, int64_t dst_stride, const uint8_t* src, int64_t src_stride,
                 int64_t count) {
+#pragma GCC unroll 8
     for (int64_t i = 0; i < count; ++i) {
         std::memcpy(dst + i * dst_stride, src + i * src_stride, kBytes);
     }

@@ -13,7 +13,7 @@ namespace everstep {
 namespace {
 
 // Rows shorter than this are not worth the heads and tails of streaming stores.
-constexpr int64_t kStreamingRowBytes = 2 << 10;
+constexpr int64_t kStreamingRowBytes = 1 << 10;
 // Short rows are collected in pieces that stay in the first-level cache.
 constexpr int64_t kPieceBytes = 8 << 10;
 
@@ -52,6 +52,13 @@ bool streams(int64_t job_bytes) {
     return job_bytes >= static_cast<int64_t>(kernels().streaming_bytes);
 }
 
+// Row i of several; afterwards row i + 1 is read.
+Row row_of(const Rows& rows, int64_t i, const uint8_t* src_base) {
+    const uint8_t* data = src_base + (rows.src + i * rows.src_stride);
+    const auto bytes = static_cast<size_t>(rows.row_bytes);
+    return {data, bytes, i + 1 < rows.count ? data + rows.src_stride : data + bytes};
+}
+
 void copy_range(uint8_t* dst, const uint8_t* src, const BoxPair& box, int64_t begin, int64_t end) {
     const Kernels& chosen = kernels();
     const bool streaming = streams(box.total_bytes) && box.run_bytes >= kStreamingRowBytes;
@@ -64,9 +71,7 @@ void copy_range(uint8_t* dst, const uint8_t* src, const BoxPair& box, int64_t be
             continue;
         }
         for (int64_t row = 0; row < rows.count; ++row) {
-            chosen.streaming_copy(dst + rows.dst + row * rows.dst_stride,
-                                  src + rows.src + row * rows.src_stride,
-                                  static_cast<size_t>(rows.row_bytes));
+            chosen.streaming_copy(dst + (rows.dst + row * rows.dst_stride), row_of(rows, row, src));
         }
     }
     if (streaming) chosen.streaming_fence();
@@ -81,7 +86,7 @@ class Gatherer {
         : dst_(dst),
           dst_shift_(dst_shift),
           src_(src),
-          long_rows_(box.run_bytes >= kStreamingRowBytes),
+          long_rows_(box.dims.empty() || box.run_bytes >= kStreamingRowBytes),
           streaming_(streaming),
           cursor_(box, begin) {}
 
@@ -94,38 +99,41 @@ class Gatherer {
     }
 
   private:
-    uint32_t copy(uint32_t crc, uint8_t* dst, const uint8_t* src, int64_t bytes) const {
-        const auto count = static_cast<size_t>(bytes);
-        return streaming_ ? kernels().streaming_copy_crc32c(crc, dst, src, count)
-                          : copy_crc32c(crc, dst, src, count);
-    }
-
     uint32_t extend_by_rows(uint32_t crc, int64_t bytes) {
         while (bytes > 0) {
             const Rows rows = cursor_.next(bytes);
             bytes -= rows.bytes();
             for (int64_t row = 0; row < rows.count; ++row) {
-                crc = copy(crc, dst_ + (dst_shift_ + rows.dst + row * rows.dst_stride),
-                           src_ + rows.src + row * rows.src_stride, rows.row_bytes);
+                uint8_t* dst = dst_ + (dst_shift_ + rows.dst + row * rows.dst_stride);
+                const Row from = row_of(rows, row, src_);
+                crc = streaming_ ? kernels().streaming_copy_crc32c(crc, dst, from)
+                                 : copy_crc32c(crc, dst, from);
             }
         }
         return crc;
     }
 
-    // Collects short rows in a piece, then moves the piece on while it is hot.
+    // Collects short rows in a piece that stays in the first-level cache: in place, or beside it
+    // when the bytes then go around the caches.
     uint32_t extend_by_pieces(uint32_t crc, int64_t bytes) {
-        alignas(64) uint8_t piece[kPieceBytes];
+        alignas(64) uint8_t beside[kPieceBytes];
         while (bytes > 0) {
             const int64_t piece_bytes = std::min(bytes, kPieceBytes);
             int64_t piece_begin = 0;
             for (int64_t filled = 0; filled < piece_bytes;) {
                 Rows rows = cursor_.next(piece_bytes - filled);
-                if (filled == 0) piece_begin = rows.dst;
+                if (filled == 0) piece_begin = dst_shift_ + rows.dst;
                 rows.dst = filled;
-                copy_rows(piece, src_, rows);
+                copy_rows(streaming_ ? beside : dst_ + piece_begin, src_, rows);
                 filled += rows.bytes();
             }
-            crc = copy(crc, dst_ + (dst_shift_ + piece_begin), piece, piece_bytes);
+            const auto count = static_cast<size_t>(piece_bytes);
+            if (streaming_) {
+                const Row from{beside, count, beside};
+                crc = kernels().streaming_copy_crc32c(crc, dst_ + piece_begin, from);
+            } else {
+                crc = kernels().crc32c(crc, dst_ + piece_begin, count);
+            }
             bytes -= piece_bytes;
         }
         return crc;

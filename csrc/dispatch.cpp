@@ -7,8 +7,8 @@
 #include <cstring>
 
 #include "crc32c.h"
-#include "crc32c_arm.h"
-#include "crc32c_x86.h"
+#include "kernels_arm.h"
+#include "kernels_x86.h"
 
 #if defined(__aarch64__) && defined(__linux__)
 #include <asm/hwcap.h>
@@ -18,13 +18,15 @@
 namespace everstep {
 namespace {
 
-bool portable_forced() {
-    const char* value = std::getenv("EVERSTEP_PORTABLE_KERNELS");
-    return value != nullptr && *value != '\0' && std::strcmp(value, "0") != 0;
+// Whether an environment variable is set to "0" (no) or to anything else (yes).
+bool environment_says(const char* variable, bool otherwise) {
+    const char* value = std::getenv(variable);
+    if (value == nullptr || *value == '\0') return otherwise;
+    return std::strcmp(value, "0") != 0;
 }
 
-void plain_copy(uint8_t* dst, const uint8_t* src, size_t bytes) {
-    std::memcpy(dst, src, bytes);
+void plain_copy(uint8_t* dst, const Row& src) {
+    std::memcpy(dst, src.data, src.bytes);
 }
 
 void no_fence() {}
@@ -65,7 +67,7 @@ Kernels choose() {
         .streaming_fence = no_fence,
         .streaming_bytes = second_level_cache_bytes(),
     };
-    if (portable_forced()) return chosen;
+    if (environment_says("EVERSTEP_PORTABLE_KERNELS", false)) return chosen;
 #if defined(__x86_64__)
     chosen.streaming_copy_name = "sse2";
     chosen.streaming_copy = streaming_copy_sse2;
@@ -75,8 +77,8 @@ Kernels choose() {
         chosen.crc32c_name = chosen.streaming_copy_crc32c_name = "sse4.2";
         chosen.crc32c = crc32c_sse42;
         chosen.streaming_copy_crc32c = streaming_copy_crc32c_sse42;
-        if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512vl") &&
-            __builtin_cpu_supports("vpclmulqdq")) {
+        if (environment_says("EVERSTEP_AVX512_KERNELS", true) &&
+            __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("vpclmulqdq")) {
             chosen.crc32c_name = chosen.streaming_copy_crc32c_name = "avx512";
             chosen.crc32c = crc32c_avx512;
             chosen.streaming_copy_crc32c = streaming_copy_crc32c_avx512;
@@ -98,14 +100,13 @@ const Kernels& kernels() {
     return chosen;
 }
 
-uint32_t copy_crc32c(uint32_t crc, uint8_t* dst, const uint8_t* src, size_t bytes) {
+uint32_t copy_crc32c(uint32_t crc, uint8_t* dst, const Row& src) {
     constexpr size_t kPieceBytes = 8 << 10;
     const Kernels& chosen = kernels();
-    while (bytes != 0) {
-        const size_t piece = std::min(bytes, kPieceBytes);
-        crc = chosen.crc32c(crc, src, piece);
-        std::memcpy(dst, src, piece);
-        dst += piece, src += piece, bytes -= piece;
+    for (size_t at = 0; at < src.bytes; at += kPieceBytes) {
+        const size_t piece = std::min(src.bytes - at, kPieceBytes);
+        crc = chosen.crc32c(crc, src.data + at, piece);
+        std::memcpy(dst + at, src.data + at, piece);
     }
     return crc;
 }

@@ -6,6 +6,14 @@
 
 namespace everstep {
 
+// Contiguous bytes to read, and where the caller reads on afterwards: a hint to fetch ahead, never
+// dereferenced.
+struct Row {
+    const uint8_t* data;
+    size_t bytes;
+    const uint8_t* next;
+};
+
 struct Kernels {
     const char* crc32c_name;
     const char* streaming_copy_name;
@@ -15,18 +23,19 @@ struct Kernels {
 
     // Copies that go around the caches where the machine can (non-temporal stores); call
     // `streaming_fence` before another thread may read the bytes.
-    void (*streaming_copy)(uint8_t* dst, const uint8_t* src, size_t bytes);
-    uint32_t (*streaming_copy_crc32c)(uint32_t crc, uint8_t* dst, const uint8_t* src, size_t bytes);
+    void (*streaming_copy)(uint8_t* dst, const Row& src);
+    uint32_t (*streaming_copy_crc32c)(uint32_t crc, uint8_t* dst, const Row& src);
     void (*streaming_fence)();
 
     // Copies of at least this size in one job go around the caches.
     size_t streaming_bytes;
 };
 
-// Decided on the first call. EVERSTEP_PORTABLE_KERNELS=1 in the environment forces portable code.
+// Decided on the first call. In the environment, EVERSTEP_PORTABLE_KERNELS=1 forces portable code
+// and EVERSTEP_AVX512_KERNELS=0 keeps AVX-512 unused.
 const Kernels& kernels();
 
 // Through the caches: checksum and copy of one piece after the other while it is hot.
-uint32_t copy_crc32c(uint32_t crc, uint8_t* dst, const uint8_t* src, size_t bytes);
+uint32_t copy_crc32c(uint32_t crc, uint8_t* dst, const Row& src);
 
 }  // namespace everstep

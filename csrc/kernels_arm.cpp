@@ -1,4 +1,4 @@
-#include "crc32c_arm.h"
+#include "kernels_arm.h"
 
 #if defined(__aarch64__)
 

@@ -6,18 +6,20 @@
 #include <cstddef>
 #include <cstdint>
 
+#include "dispatch.h"
+
 namespace everstep {
 
-// Needs SSE4.2 and PCLMULQDQ.
+// Need SSE4.2 and PCLMULQDQ.
 uint32_t crc32c_sse42(uint32_t crc, const uint8_t* data, size_t bytes);
-uint32_t streaming_copy_crc32c_sse42(uint32_t crc, uint8_t* dst, const uint8_t* src, size_t bytes);
+uint32_t streaming_copy_crc32c_sse42(uint32_t crc, uint8_t* dst, const Row& src);
 
-// Needs AVX-512 F/VL and VPCLMULQDQ besides.
+// Need AVX-512F and VPCLMULQDQ besides.
 uint32_t crc32c_avx512(uint32_t crc, const uint8_t* data, size_t bytes);
-uint32_t streaming_copy_crc32c_avx512(uint32_t crc, uint8_t* dst, const uint8_t* src, size_t bytes);
+uint32_t streaming_copy_crc32c_avx512(uint32_t crc, uint8_t* dst, const Row& src);
 
-// SSE2 only.
-void streaming_copy_sse2(uint8_t* dst, const uint8_t* src, size_t bytes);
+// Run on every x86-64.
+void streaming_copy_sse2(uint8_t* dst, const Row& src);
 void streaming_fence_sse2();
 
 }  // namespace everstep
