@@ -88,10 +88,12 @@ def resolve_mesh(mesh: MeshConfig, world_size: int) -> MeshShape:
         dp_shard = mesh.dp_shard
         needed = others * dp_shard
         if needed != world_size:
+            other = "or change the mesh"
+            if world_size % others == 0:
+                other = f"or set mesh.dp_shard={world_size // others} or auto"
             raise ConfigError(
                 f"the mesh ({_asked(mesh)}) needs {needed} rank{'s' * (needed > 1)}, but there "
-                f"{_are(world_size)}: start {needed} (--nproc {needed}) or let "
-                "mesh.dp_shard=auto take what is left"
+                f"{_are(world_size)}: start {needed} (--nproc {needed}) {other}"
             )
     return MeshShape(pp=mesh.pp, dp_replicate=mesh.dp_replicate, dp_shard=dp_shard, tp=mesh.tp)
 

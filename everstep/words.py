@@ -1,0 +1,22 @@
+"""Numbers as people read them."""
+
+
+def size_words(size_bytes: int) -> str:
+    """'23.5 GiB', '8 MiB', '12 bytes'."""
+    for unit, factor in (("TiB", 2**40), ("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10)):
+        if size_bytes >= factor:
+            return f"{size_bytes / factor:.4g} {unit}"
+    return f"{size_bytes} bytes"
+
+
+def count_words(count: int) -> str:
+    """'3.38M', '1.24B', '512': three digits that matter."""
+    for unit, factor in (("T", 10**12), ("B", 10**9), ("M", 10**6), ("k", 10**3)):
+        if count >= factor:
+            return f"{count / factor:.3g}{unit}"
+    return str(count)
+
+
+def plural(count: int, noun: str) -> str:
+    """'1 rank', '4 ranks'."""
+    return f"{count} {noun}{'' if count == 1 else 's'}"
