@@ -1,0 +1,96 @@
+"""Asked to stop: the step is finished, the state saved, the exit code says so, nothing is left."""
+
+import signal
+from pathlib import Path
+
+import pytest
+
+from tests.support import cli
+
+pytestmark = [pytest.mark.multiproc, pytest.mark.chaos, pytest.mark.timeout(240)]
+LONG = ("train.steps=100000", "checkpoint.every_steps=0", "train.eval_batches=0")
+STOPPED, STOPPED_AT_ONCE = 75, 130
+
+
+def started(run: cli.Command, run_dir: Path, steps: int = 3) -> None:
+    """Wait until a few steps are done."""
+    assert cli.wait_until(
+        lambda: run.process.poll() is not None or len(cli.metrics(run_dir)) >= steps
+    )
+    assert run.process.poll() is None, run.output
+
+
+@pytest.mark.parametrize("how", ["ctrl-c", "sigterm"])
+def test_stops_after_the_step_and_goes_on_later(small_run: Path, how: str) -> None:
+    run_dir = small_run / "r"
+    with cli.command("train", "run.yaml", "--run-dir", "r", *LONG, cwd=small_run) as run:
+        started(run, run_dir)
+        if how == "ctrl-c":
+            run.interrupt()
+        else:
+            run.process.send_signal(signal.SIGTERM)
+        assert run.wait(60) == STOPPED, run.output
+        run.assert_nothing_left()
+    done = cli.metrics(run_dir)[-1]["step"]
+    assert cli.committed_steps(run_dir) == [done]
+    assert "Traceback" not in run.output
+    code, output = cli.run(
+        "train", "run.yaml", "--run-dir", "r", *LONG, f"train.steps={done + 2}", cwd=small_run
+    )
+    assert code == 0, output
+    assert sorted(cli.losses(run_dir)) == list(range(1, done + 3))
+
+
+def test_second_ctrl_c_stops_at_once_and_breaks_nothing(small_run: Path) -> None:
+    run_dir = small_run / "r"
+    (small_run / "slow_model.py").write_text(SLOW_MODEL)
+    slow = (
+        "model.factory=slow_model:make",
+        "mesh.tp=1",
+        "train.steps=1000",
+        "checkpoint.every_steps=2",
+    )
+    with cli.command("train", "run.yaml", "--run-dir", "r", *slow, cwd=small_run) as run:
+        started(run, run_dir, steps=4)
+        steps = cli.committed_steps(run_dir)
+        run.interrupt()
+        assert cli.wait_until(lambda: "stop" in run.output.lower(), 20), run.output
+        run.interrupt()
+        assert run.wait(10) == STOPPED_AT_ONCE, run.output
+        run.assert_nothing_left()
+    assert steps
+    code, output = cli.run(
+        "train", "run.yaml", "--run-dir", "r", *slow, f"train.steps={steps[-1] + 1}", cwd=small_run
+    )
+    assert code == 0, output
+
+
+def test_controller_killed_leaves_no_rank_behind(small_run: Path) -> None:
+    run_dir = small_run / "r"
+    with cli.command("train", "run.yaml", "--run-dir", "r", *LONG, cwd=small_run) as run:
+        started(run, run_dir)
+        assert len(run.alive()) > 4
+        run.process.kill()
+        run.assert_nothing_left()
+
+
+SLOW_MODEL = """
+import time
+
+from torch import nn
+
+
+class Slow(nn.Module):
+    def __init__(self, vocab_size):
+        super().__init__()
+        self.embed = nn.Embedding(vocab_size, 16)
+        self.head = nn.Linear(16, vocab_size)
+
+    def forward(self, tokens):
+        time.sleep(1.0)
+        return self.head(self.embed(tokens))
+
+
+def make(vocab_size, seq_len):
+    return Slow(vocab_size)
+"""
