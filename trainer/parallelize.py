@@ -31,8 +31,9 @@ def parallelize(
 ) -> nn.Module:
     """Distribute ``model`` over ``mesh`` in place and return it; ``init.materialise`` comes next.
 
-    A single rank in fp32 needs no FSDP2 and gets none. Gradients are means over data-parallel
-    ranks: see ``loss_scale``. Raises ConfigError for a user's model with tensor parallelism.
+    A single rank in fp32 needs no FSDP2 and gets none. Gradients become means over data-parallel
+    ranks: for the mean over all tokens of a step, backpropagate the sum over a micro batch times
+    ``shape.dp / tokens of the step``. Raises ConfigError for a user's model with tensor parallelism.
     """
     if shape.tp > 1:
         if not isinstance(model, Llama):
@@ -58,15 +59,6 @@ def set_gradient_sync(model: nn.Module, enabled: bool) -> None:
     """
     if isinstance(model, FSDPModule):
         model.set_requires_gradient_sync(enabled)
-
-
-def loss_scale(shape: "MeshShape", global_tokens: int) -> float:
-    """Factor on a micro batch's summed token loss before backward.
-
-    With it, FSDP2's mean over data-parallel ranks, summed over micro batches, is the gradient of
-    the mean loss over all ``global_tokens`` tokens of the step.
-    """
-    return shape.dp / global_tokens
 
 
 def _shard(

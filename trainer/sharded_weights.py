@@ -42,8 +42,8 @@ def cut_dims(tensor: DTensor) -> dict[str, int]:
     }
 
 
-def shard_axis_size(weight: Tensor, axis: str) -> int:
-    """Number of ranks along mesh axis ``axis`` of this weight; 1 where it has no such axis."""
+def axis_size(weight: Tensor, axis: str) -> int:
+    """Number of ranks along mesh axis ``axis`` of a weight; 1 where its mesh has none."""
     if not isinstance(weight, DTensor):
         return 1
     names = weight.device_mesh.mesh_dim_names or ()

@@ -13,7 +13,7 @@ from everstep.trainer.mesh import build_mesh
 from everstep.trainer.mesh_shape import MeshShape
 from everstep.trainer.model import build_model, logits_of
 from everstep.trainer.optim import build_optimizer, build_scheduler, clip_gradients
-from everstep.trainer.parallelize import loss_scale, parallelize, set_gradient_sync
+from everstep.trainer.parallelize import parallelize, set_gradient_sync
 
 SEQ_LEN = 16
 GLOBAL_BATCH = 8
@@ -89,7 +89,7 @@ def train_tiny(rank: int, world_size: int, run: TinyRun) -> TinyResult:
             set_gradient_sync(model, index == len(micros) - 1)
             logits = logits_of(model, micro_tokens[:, :-1], micro_samples)
             loss = token_loss_sum(logits, micro_tokens[:, 1:])
-            (loss * loss_scale(shape, GLOBAL_BATCH * SEQ_LEN)).backward()
+            (loss * shape.dp / (GLOBAL_BATCH * SEQ_LEN)).backward()
             loss_sum += loss.detach()
         result.norms.append(clip_gradients(model.parameters(), run.clip_norm))
         optimizer.step()
