@@ -1,0 +1,86 @@
+"""What a person is told at the end of a run: pure functions."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from everstep.cluster import exit_codes
+from everstep.cluster.causes import Cause
+from everstep.cluster.lifecycle import name_ranks
+
+
+@dataclass(frozen=True, kw_only=True)
+class Outcome:
+    """How a run ended."""
+
+    exit_code: int
+    failure: str | None = None
+    """Why it failed, where no rank failed on its own."""
+    cause: Cause | None = None
+    """Which rank failed first, where one did."""
+    step: int | None = None
+    """The last step that was reported."""
+    saved_step: int | None = None
+    """The newest step that this start of the run saved."""
+
+
+@dataclass(frozen=True)
+class Line:
+    """A line to print; errors go to standard error."""
+
+    text: str
+    is_error: bool = False
+
+
+def closing_lines(outcome: Outcome, logs: Path, world_size: int) -> list[Line]:
+    """The last lines of a run, the most important first."""
+    if outcome.exit_code == exit_codes.DONE:
+        return []
+    if outcome.exit_code == exit_codes.STOPPED:
+        return [Line(_stopped(outcome))]
+    if outcome.exit_code == exit_codes.INTERRUPTED:
+        return [Line("stopped at once, without saving"), Line(_go_on(outcome))]
+    lines = [Line(f"error: {text}", is_error=True) for text in _what_failed(outcome, world_size)]
+    lines += [Line(f"       {text}", is_error=True) for text in _where(outcome, logs)]
+    if outcome.saved_step is not None:
+        lines.append(Line(f"       {_go_on(outcome)}", is_error=True))
+    return lines
+
+
+def _what_failed(outcome: Outcome, world_size: int) -> Sequence[str]:
+    cause = outcome.cause
+    if outcome.failure is not None or cause is None:
+        return [outcome.failure or "the run failed without a reason (please report this)"]
+    sentence = cause.sentence
+    failed = (cause.rank, *cause.alike)
+    if cause.alike:
+        who = "all ranks" if len(failed) == world_size else name_ranks(failed)
+        sentence = f"{sentence} ({who} alike)" if len(failed) < world_size else sentence
+        if sentence.startswith(f"rank {cause.rank} "):
+            sentence = f"{who} {cause.sentence.removeprefix(f'rank {cause.rank} ')}"
+    elif world_size > 1 and not sentence.startswith("rank "):
+        sentence = f"{sentence} (rank {cause.rank})"
+    return [sentence]
+
+
+def _where(outcome: Outcome, logs: Path) -> Sequence[str]:
+    cause = outcome.cause
+    if outcome.failure is not None or cause is None:
+        return [f"logs: {logs}"]
+    trace = cause.traceback_file
+    where = [f"full trace: {trace}" if trace else f"its log: {logs}/rank-{cause.rank:05d}.log"]
+    if cause.others:
+        where.append(f"{name_ranks(cause.others)} failed too, in another way: see {logs}")
+    return where
+
+
+def _stopped(outcome: Outcome) -> str:
+    if outcome.saved_step is None:
+        return "stopped before anything new was to be saved; the same command goes on"
+    return f"stopped, step {outcome.saved_step} is saved; the same command goes on from there"
+
+
+def _go_on(outcome: Outcome) -> str:
+    if outcome.saved_step is None:
+        return "the same command goes on from what was saved before"
+    return f"step {outcome.saved_step} is saved; the same command goes on from there"

@@ -1,0 +1,109 @@
+"""What the controller asks of a place where ranks run, and what that place tells the controller.
+
+The local driver (subprocesses of this host) is one; tests have another in memory. A contract suite
+(``tests/contracts/test_driver.py``) runs against both.
+"""
+
+import signal
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from everstep.trainer.rank_spec import RankSpec, Report
+
+
+@dataclass(frozen=True, kw_only=True)
+class Seat:
+    """Where one rank runs."""
+
+    host: str
+    local_rank: int
+    """Rank among those of the same host."""
+    local_world_size: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Placement:
+    """Where the ranks of one attempt run, and where they meet."""
+
+    seats: tuple[Seat, ...]
+    """One per rank, in the order of ranks."""
+    store: str | None
+    """'host:port' of the rendezvous store."""
+
+
+@dataclass(frozen=True)
+class Reported:
+    """A rank sent a report."""
+
+    rank: int
+    report: Report
+
+
+@dataclass(frozen=True, kw_only=True)
+class RankExit:
+    """A rank ended."""
+
+    rank: int
+    code: int
+    """Exit code; -N when signal N killed it."""
+    time_s: float
+    """When its end was noticed, as seconds since the epoch."""
+
+    @property
+    def signal_name(self) -> str | None:
+        """'SIGKILL' and the like, where a signal killed the rank."""
+        if self.code >= 0:
+            return None
+        try:
+            return signal.Signals(-self.code).name
+        except ValueError:
+            return f"signal {-self.code}"
+
+
+@dataclass(frozen=True)
+class Broken:
+    """The driver itself can no longer run ranks; the ``why`` is a sentence for a person."""
+
+    why: str
+
+
+DriverEvent = Reported | RankExit | Broken
+
+
+class ClusterDriver(Protocol):
+    """Starts ranks, passes on what they report, and ends them.
+
+    Nothing blocks for longer than a moment, except ``poll`` (its timeout) and ``close``.
+    """
+
+    def place(self, world_size: int) -> Placement:
+        """Decide where ranks run and begin to prepare that place. Raises LaunchError."""
+        ...
+
+    def start(self, specs: Sequence[RankSpec]) -> None:
+        """Start all ranks of an attempt. Raises LaunchError."""
+        ...
+
+    def poll(self, timeout_s: float) -> list[DriverEvent]:
+        """What happened since the last call; waits at most ``timeout_s`` for something to happen.
+
+        Reports of one rank come in its order; its exit comes once, and last.
+        """
+        ...
+
+    def ask_stop(self) -> None:
+        """Make ``should_stop()`` true on every rank that is still there."""
+        ...
+
+    def dump_stacks(self) -> None:
+        """Have every rank write the stacks of its threads to its log, where the place can."""
+        ...
+
+    def kill(self) -> None:
+        """End all ranks at once, without their cooperation; their exits still come through poll."""
+        ...
+
+    def close(self) -> None:
+        """End whatever is left and wait until it is gone; may be called twice."""
+        ...

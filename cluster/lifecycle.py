@@ -1,0 +1,261 @@
+"""When to do what with the ranks of a run: one pure function, ``transition``.
+
+The controller feeds it what happened, with the clock passed in, and executes the actions that it
+returns. Time is that of a monotonic clock, in seconds.
+
+    STARTING ──all started──▶ RUNNING ──all done──▶ DONE
+        │                        │ ──asked──▶ STOPPING ──all ended──▶ STOPPED
+        └──────── first failure, or too late ────────┴──▶ FAILED
+
+DONE, STOPPED and FAILED say how the run ends; it is over when no rank is left as well.
+"""
+
+from dataclasses import dataclass, replace
+from enum import Enum
+
+from everstep.cluster import exit_codes
+
+SETTLE_S = 0.3
+"""After a rank failed on its own: time for others that failed with it to say so."""
+SETTLE_LOST_PEER_S = 2.0
+"""After a rank only lost its connection: time for the one that caused it to be noticed."""
+DUMP_S = 0.5
+"""Time to write stacks to the logs before ranks that hang are killed."""
+DEBOUNCE_S = 0.25
+"""Interrupts closer together than this are one: wrappers forward what the terminal sent too."""
+UNKILLABLE_S = 10.0
+"""A killed rank that is still there after this is given up."""
+
+
+class State(Enum):
+    """Where a run is."""
+
+    STARTING = "starting"
+    RUNNING = "running"
+    STOPPING = "stopping"
+    DONE = "done"
+    STOPPED = "stopped"
+    FAILED = "failed"
+
+
+ENDINGS = frozenset({State.DONE, State.STOPPED, State.FAILED})
+
+
+class Action(Enum):
+    """What the controller is to do now."""
+
+    ASK_STOP = "ask all ranks to finish their step, save and end"
+    DUMP_STACKS = "have all ranks write their stacks to their logs"
+    KILL = "end all ranks at once"
+
+
+@dataclass(frozen=True)
+class RankStarted:
+    """The process of a rank is up."""
+
+    rank: int
+
+
+@dataclass(frozen=True)
+class RankFailed:
+    """A rank reported an error, or ended without having done its work."""
+
+    rank: int
+    lost_peer: bool
+    """It only noticed that another rank is gone."""
+
+
+@dataclass(frozen=True)
+class RankEnded:
+    """The process of a rank is gone."""
+
+    rank: int
+    code: int
+    """Exit code; -N when signal N killed it."""
+    lost_peer: bool = False
+    """It may have ended only because another rank is gone."""
+
+
+@dataclass(frozen=True)
+class StopAsked:
+    """Somebody wants the run to stop."""
+
+    by: str
+    """What they did: 'Ctrl-C', 'SIGTERM'."""
+    insistent: bool
+    """Asking this way again means: at once."""
+
+
+@dataclass(frozen=True)
+class LauncherBroke:
+    """The driver can no longer run ranks."""
+
+    why: str
+
+
+@dataclass(frozen=True)
+class Tick:
+    """Time passed."""
+
+
+Event = RankStarted | RankFailed | RankEnded | StopAsked | LauncherBroke | Tick
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """All that is known about a run for the purpose of deciding."""
+
+    world_size: int
+    grace_s: float
+    start_by_s: float
+    """When all ranks must have started."""
+    state: State = State.STARTING
+    exit_code: int | None = None
+    """Set with the ending."""
+    failure: str | None = None
+    """Why the run failed, where no rank failed on its own."""
+    started: frozenset[int] = frozenset()
+    ended: frozenset[int] = frozenset()
+    stopped: frozenset[int] = frozenset()
+    """Ranks that ended because they were asked to."""
+    asked_at_s: float | None = None
+    """When somebody first asked to stop."""
+    kill_at_s: float | None = None
+    """When ranks that are left will be killed."""
+    killed_at_s: float | None = None
+
+    @property
+    def left(self) -> tuple[int, ...]:
+        """Ranks whose processes are not gone."""
+        return tuple(rank for rank in range(self.world_size) if rank not in self.ended)
+
+    @property
+    def over(self) -> bool:
+        """How the run ends is decided, and nothing is left of it."""
+        return self.state in ENDINGS and not self.left
+
+
+@dataclass(frozen=True)
+class Transition:
+    """What follows from an event; ``reason`` is empty where the state stays."""
+
+    job: Job
+    actions: tuple[Action, ...] = ()
+    reason: str = ""
+
+
+def transition(job: Job, event: Event, now_s: float) -> Transition:
+    """What follows for the job when ``event`` happens at ``now_s``."""
+    match event:
+        case RankStarted(rank):
+            return _started(job, rank)
+        case RankFailed(rank, lost_peer):
+            return _failed(job, f"rank {rank} reported an error", lost_peer, now_s)
+        case RankEnded():
+            return _ended(job, event, now_s)
+        case StopAsked():
+            return _asked(job, event, now_s)
+        case LauncherBroke(why):
+            if job.state in ENDINGS:
+                return Transition(job)
+            return _kill(_fail(job, why), now_s, why)
+        case Tick():
+            return _tick(job, now_s)
+
+
+def _started(job: Job, rank: int) -> Transition:
+    job = replace(job, started=job.started | {rank})
+    if job.state is not State.STARTING or len(job.started) < job.world_size:
+        return Transition(job)
+    return Transition(replace(job, state=State.RUNNING), reason=f"all {job.world_size} ranks run")
+
+
+def _failed(job: Job, why: str, lost_peer: bool, now_s: float) -> Transition:
+    """The first failure ends the run; ranks get a moment to say what they know about it."""
+    kill_at_s = now_s + (SETTLE_LOST_PEER_S if lost_peer else SETTLE_S)
+    if job.state is State.FAILED:
+        if job.kill_at_s is None:
+            return Transition(job)
+        return Transition(replace(job, kill_at_s=min(job.kill_at_s, kill_at_s)))
+    if job.state in ENDINGS:
+        return Transition(job)
+    failed = replace(_fail(job, None), kill_at_s=kill_at_s)
+    return Transition(failed, reason=why)
+
+
+def _ended(job: Job, event: RankEnded, now_s: float) -> Transition:
+    job = replace(job, ended=job.ended | {event.rank})
+    if event.code == exit_codes.STOPPED:
+        job = replace(job, stopped=job.stopped | {event.rank})
+    elif event.code != exit_codes.DONE:
+        return _failed(job, f"rank {event.rank} ended ({event.code})", event.lost_peer, now_s)
+    if job.state in ENDINGS or job.left:
+        return Transition(job)
+    if job.stopped:
+        ending = replace(job, state=State.STOPPED, exit_code=exit_codes.STOPPED)
+        return Transition(ending, reason="all ranks stopped as asked")
+    return Transition(replace(job, state=State.DONE, exit_code=exit_codes.DONE), reason="all done")
+
+
+def _asked(job: Job, event: StopAsked, now_s: float) -> Transition:
+    first = job.asked_at_s is None
+    asked = replace(job, asked_at_s=now_s) if first else job
+    if job.state is State.STARTING:
+        ending = replace(asked, state=State.STOPPED, exit_code=exit_codes.STOPPED)
+        return _kill(ending, now_s, f"{event.by} before the first step: there is nothing to save")
+    if job.state is State.RUNNING:
+        stopping = replace(asked, state=State.STOPPING, kill_at_s=now_s + job.grace_s)
+        return Transition(
+            stopping, (Action.ASK_STOP,), f"{event.by}: finishing the step and saving"
+        )
+    again = job.asked_at_s is not None and now_s - job.asked_at_s >= DEBOUNCE_S
+    if job.state is State.STOPPING and event.insistent and again:
+        ending = replace(job, state=State.STOPPED, exit_code=exit_codes.INTERRUPTED)
+        return _kill(ending, now_s, f"{event.by} again: stop at once")
+    if job.state is State.FAILED and event.insistent and job.killed_at_s is None:
+        return _kill(asked, now_s)
+    return Transition(asked)
+
+
+def _tick(job: Job, now_s: float) -> Transition:
+    if job.state is State.STARTING and now_s >= job.start_by_s:
+        missing = [rank for rank in range(job.world_size) if rank not in job.started]
+        why = f"{name_ranks(missing)} did not start in time"
+        return _kill(_fail(job, why), now_s, why)
+    if job.killed_at_s is not None:
+        if job.left and now_s >= job.killed_at_s + UNKILLABLE_S:
+            why = f"{name_ranks(job.left)} cannot be killed (waiting for a device?), given up"
+            gone = frozenset(range(job.world_size))
+            return Transition(replace(job, ended=gone, failure=job.failure or why), reason=why)
+        return Transition(job)
+    if job.kill_at_s is None or now_s < job.kill_at_s:
+        return Transition(job)
+    if job.state is State.STOPPING:
+        why = (
+            f"{name_ranks(job.left)} did not finish the step and save within "
+            f"train.grace_s={job.grace_s:g} seconds, and had to be killed; raise train.grace_s "
+            "if steps take that long (where they hung is in the logs)"
+        )
+        failed = replace(_fail(job, why), kill_at_s=now_s + DUMP_S)
+        return Transition(failed, (Action.DUMP_STACKS,), why)
+    return _kill(job, now_s)
+
+
+def _fail(job: Job, why: str | None) -> Job:
+    return replace(job, state=State.FAILED, exit_code=exit_codes.FAILED, failure=why)
+
+
+def _kill(job: Job, now_s: float, reason: str = "") -> Transition:
+    return Transition(replace(job, killed_at_s=now_s, kill_at_s=None), (Action.KILL,), reason)
+
+
+def name_ranks(ranks: list[int] | tuple[int, ...]) -> str:
+    """'rank 2', 'ranks 0, 1 and 3', 'ranks 0-3, 5': short however many there are."""
+    runs: list[list[int]] = []
+    for rank in sorted(set(ranks)):
+        if runs and rank == runs[-1][-1] + 1:
+            runs[-1].append(rank)
+        else:
+            runs.append([rank])
+    parts = [f"{run[0]}-{run[-1]}" if len(run) > 1 else str(run[0]) for run in runs]
+    return f"rank{'s' if len(set(ranks)) != 1 else ''} {', '.join(parts)}"
