@@ -1,0 +1,291 @@
+"""The controller of a run: feeds what happens to ``transition`` and executes what it decides."""
+
+import contextlib
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from rich.console import Console
+from rich.text import Text
+
+from everstep.checkpoint.errors import EverstepError
+from everstep.cluster import exit_codes
+from everstep.cluster.causes import error_lost_peer, exit_lost_peer, first_cause
+from everstep.cluster.closing import Outcome, closing_lines
+from everstep.cluster.driver import Broken, ClusterDriver, Placement, RankExit, Reported
+from everstep.cluster.lifecycle import (
+    Action,
+    Event,
+    Job,
+    LauncherBroke,
+    RankEnded,
+    RankFailed,
+    RankStarted,
+    State,
+    Tick,
+    transition,
+)
+from everstep.cluster.local_driver import DEFAULT_PRELOAD, DEFAULT_TARGET, LocalDriver
+from everstep.cluster.log_tail import BEFORE_RANKS, LogTail
+from everstep.cluster.run_dir import RunDir, prepare_run_dir
+from everstep.cluster.stop_signals import StopSignals
+from everstep.trainer.config import RunConfig
+from everstep.trainer.config_load import dump_config
+from everstep.trainer.events import EventLog
+from everstep.trainer.mesh_shape import resolve_mesh
+from everstep.trainer.progress import ProgressView
+from everstep.trainer.rank_spec import RankSpec, Report
+
+_POLL_S = 0.1
+
+
+class Controller:
+    """Runs the ranks of one attempt to their end.
+
+    Args:
+        driver: where they run.
+        job: the run, about to start.
+        signals: entered; asks to stop are taken from it.
+    """
+
+    def __init__(
+        self,
+        driver: ClusterDriver,
+        job: Job,
+        *,
+        view: ProgressView,
+        events: EventLog,
+        tail: LogTail,
+        signals: StopSignals,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._driver = driver
+        self._job = job
+        self._view = view
+        self._events = events
+        self._tail = tail
+        self._signals = signals
+        self._clock = clock
+        self._errors: list[Report] = []
+        self._exits: list[RankExit] = []
+        self._messages: set[str] = set()
+        self._step: int | None = None
+        self._saved_step: int | None = None
+
+    def run(self, specs_for: Callable[[Placement], Sequence[RankSpec]]) -> Outcome:
+        """Place and start the ranks, and watch them until none is left. Raises LaunchError."""
+        try:
+            placement = self._driver.place(self._job.world_size)
+            self._driver.start(specs_for(placement))
+            self._view.status(f"starting {self._job.world_size} ranks")
+            while not self._job.over:
+                for asked in self._signals.take():
+                    self._happen(asked)
+                for event in self._driver.poll(_POLL_S):
+                    self._hear(event)
+                self._happen(Tick())
+                self._show_logs()
+                self._view.refresh(self._clock())
+        finally:
+            self._driver.close()
+        self._show_logs(rest=True)
+        return self._outcome()
+
+    def _hear(self, event: Reported | RankExit | Broken) -> None:
+        match event:
+            case Reported(rank, report):
+                self._take_in(rank, report)
+            case RankExit(rank=rank, code=code):
+                if self._job.killed_at_s is None:
+                    self._exits.append(event)
+                lost_peer = exit_lost_peer(code) or any(
+                    error["rank"] == rank and error_lost_peer(error["type"], error["message"])
+                    for error in self._errors
+                )
+                self._happen(RankEnded(rank, code, lost_peer))
+            case Broken(why):
+                self._happen(LauncherBroke(why))
+
+    def _take_in(self, rank: int, report: Report) -> None:
+        kind = report["kind"]
+        if kind != "step":
+            self._events.append(**{**report, "rank": rank})
+        if kind == "started":
+            self._happen(RankStarted(rank))
+        elif kind == "error":
+            self._errors.append({**report, "rank": rank})
+            lost_peer = error_lost_peer(report["type"], report["message"])
+            self._happen(RankFailed(rank, lost_peer))
+        elif kind == "message":
+            self._show_message(rank, report)
+        elif rank == 0:
+            if kind == "step":
+                self._step = report["step"]
+            elif kind == "saved":
+                self._saved_step = report["step"]
+            self._view.show(report, self._clock())
+
+    def _show_message(self, rank: int, report: Report) -> None:
+        """Every message of rank 0, and what only others say."""
+        text = str(report["text"])
+        if rank == 0:
+            self._view.line(text)
+        elif text not in self._messages:
+            self._view.line(f"[rank {rank}] {text}")
+        self._messages.add(text)
+
+    def _happen(self, event: Event) -> None:
+        before = self._job.state
+        decided = transition(self._job, event, self._clock())
+        self._job = decided.job
+        if decided.reason:
+            self._events.append("state", state=self._job.state.value, reason=decided.reason)
+        for action in decided.actions:
+            self._events.append("action", action=action.name.lower())
+            if action is Action.ASK_STOP:
+                self._driver.ask_stop()
+            elif action is Action.DUMP_STACKS:
+                self._driver.dump_stacks()
+            else:
+                self._driver.kill()
+        if self._job.state is State.RUNNING and before is State.STARTING:
+            self._view.status("preparing the first step")
+        elif self._job.state is State.STOPPING and before is not State.STOPPING:
+            self._view.line(
+                f"{decided.reason}, in at most {self._job.grace_s:g} s; Ctrl-C again stops at once"
+            )
+
+    def _show_logs(self, *, rest: bool = False) -> None:
+        for line in self._tail.take(self._clock(), rest=rest):
+            self._view.line(line)
+
+    def _outcome(self) -> Outcome:
+        job = self._job
+        assert job.exit_code is not None
+        cause = None
+        exit_code = job.exit_code
+        if job.state is State.FAILED and job.failure is None:
+            cause = first_cause(self._errors, self._exits)
+            exit_code = cause.exit_code if cause else exit_code
+        return Outcome(
+            exit_code=exit_code,
+            failure=job.failure,
+            cause=cause,
+            step=self._step,
+            saved_step=self._saved_step,
+        )
+
+
+def run_local(
+    config: RunConfig,
+    run_dir: Path,
+    resume: str,
+    world_size: int,
+    console: Console,
+    *,
+    error_console: Console | None = None,
+    target: str = DEFAULT_TARGET,
+    preload: Sequence[str] = DEFAULT_PRELOAD,
+    store: bool = True,
+) -> int:
+    """Run all ranks on this host, and return the exit code (``exit_codes.py``).
+
+    What goes wrong is told on ``error_console`` (default: standard error) in one sentence. Tests
+    choose another ``target`` for the ranks, and do without ``preload`` and ``store``.
+    """
+    errors = error_console or Console(stderr=True)
+    try:
+        with (
+            StopSignals() as signals,
+            prepare_run_dir(run_dir, dump_config(config)) as prepared,
+            EventLog(prepared.events) as events,
+        ):
+            driver = LocalDriver(
+                prepared.logs,
+                target=target,
+                preload=preload,
+                store_port=config.launch.port if store else None,
+                threads=config.parallel.threads,
+                inherit_fds=[prepared.lock.fileno()],
+            )
+            with ProgressView(console, config.name) as view:
+                view.line(headline(config, world_size, run_dir))
+                controller = Controller(
+                    driver,
+                    Job(
+                        world_size=world_size,
+                        grace_s=config.train.grace_s,
+                        start_by_s=time.monotonic() + config.parallel.timeout_s,
+                    ),
+                    view=view,
+                    events=events,
+                    tail=LogTail(_logs_to_follow(driver, prepared, world_size), world_size),
+                    signals=signals,
+                )
+                outcome = controller.run(
+                    lambda placement: rank_specs(config, prepared, resume, placement)
+                )
+            events.append("end", exit_code=outcome.exit_code, saved_step=outcome.saved_step)
+            _tell(outcome, view, errors, prepared, events, world_size)
+            return outcome.exit_code
+    except EverstepError as error:
+        say(errors, f"error: {error}")
+        return exit_codes.of_error(type(error).__name__)
+
+
+def rank_specs(
+    config: RunConfig, run_dir: RunDir, resume: str, placement: Placement
+) -> list[RankSpec]:
+    """What each rank of the first attempt is told."""
+    config_yaml = dump_config(config)
+    return [
+        RankSpec(
+            config_yaml=config_yaml,
+            run_dir=str(run_dir.path),
+            rank=rank,
+            world_size=len(placement.seats),
+            local_rank=seat.local_rank,
+            local_world_size=seat.local_world_size,
+            attempt=0,
+            resume=resume,
+            store=placement.store,
+        )
+        for rank, seat in enumerate(placement.seats)
+    ]
+
+
+def headline(config: RunConfig, world_size: int, run_dir: Path) -> str:
+    """What is run, on what, and where it is written. Raises ConfigError."""
+    mesh = resolve_mesh(config.mesh, world_size)
+    ranks = f"{world_size} ranks ({mesh})" if world_size > 1 else str(mesh)
+    return f"{config.name}: {config.train.steps} steps on {ranks} of this host, in {run_dir}"
+
+
+def say(console: Console, text: str) -> None:
+    """Print plain text as it is, to a console that may be gone."""
+    with contextlib.suppress(OSError, SystemExit):
+        console.print(Text(text), soft_wrap=True)
+
+
+def _logs_to_follow(driver: LocalDriver, run_dir: RunDir, world_size: int) -> dict[int, Path]:
+    logs = {rank: run_dir.rank_log(rank) for rank in range(world_size)}
+    return {BEFORE_RANKS: driver.start_log, **logs}
+
+
+def _tell(
+    outcome: Outcome,
+    view: ProgressView,
+    errors: Console,
+    run_dir: RunDir,
+    events: EventLog,
+    world_size: int,
+) -> None:
+    for line in closing_lines(outcome, run_dir.logs, world_size):
+        if line.is_error:
+            say(errors, line.text)
+        else:
+            view.line(line.text)
+    if outcome.exit_code == exit_codes.DONE:
+        view.show_summary()
+    if events.failure is not None:
+        say(errors, f"warning: {events.failure}")
