@@ -92,16 +92,13 @@ def _train_local(
     gpus = count_gpus(environment)
     world_size = world_size_of(config.mesh, nproc, gpus)
     check_config(config, resolve_mesh(config.mesh, world_size))
-    if gpus and local_device(config.parallel.device, gpus, world_size) == "cpu":
-        if config.parallel.device == "auto":
-            console.print(
-                f"training on the CPU: each of the {world_size} ranks needs a GPU of its own, and "
-                f"this host has {gpus}",
-                soft_wrap=True,
-            )
-        parallel = config.parallel.model_copy(update={"device": "cpu"})
-        config = config.model_copy(update={"parallel": parallel})
-
+    device = local_device(config.parallel.device, gpus, world_size)
+    if gpus and device == "cpu" != config.parallel.device:
+        console.print(
+            f"training on the CPU: each of the {world_size} ranks needs a GPU of its own, and this "
+            f"host has {gpus}",
+            soft_wrap=True,
+        )
     from everstep.cluster.controller import run_local
 
     return run_local(config, run_dir, resume, world_size, console)

@@ -51,7 +51,7 @@ def parse_config(text: str, source: str, overrides: Sequence[str] = ()) -> RunCo
 
 def dump_config(config: RunConfig) -> str:
     """YAML text with every field, which ``parse_config`` reads back to an equal object."""
-    return dump_yaml(config.model_dump(mode="json"))
+    return dump_yaml(config.model_dump())
 
 
 def packaged_configs() -> dict[str, Traversable]:

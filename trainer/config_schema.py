@@ -96,9 +96,10 @@ def nearest_key(path: Sequence[str], root: type[Section] = RunConfig) -> str | N
         return ".".join(same_word[0])
     if path[-1] in ELSEWHERE and tuple(ELSEWHERE[path[-1]].split(".")) in valid:
         return ELSEWHERE[path[-1]]
+    beside = [key for key in valid if key[:-1] == tuple(path[:-1])]
     for candidates, wanted in (
-        ({key[-1]: key for key in valid if key[:-1] == tuple(path[:-1])}, path[-1]),
-        ({".".join(key): key for key in valid}, dotted),
+        ({key[-1]: key for key in beside}, path[-1]),
+        ({".".join(key): key for key in valid if key not in beside}, dotted),
         ({key[-1]: key for key in valid}, path[-1]),
     ):
         close = difflib.get_close_matches(wanted, candidates, n=1, cutoff=0.6)
