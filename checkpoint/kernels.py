@@ -1,9 +1,9 @@
 """Copies and checksums of bytes, in native code that releases the interpreter lock.
 
 Every function has a slow twin of the same signature in `kernels_reference`. Byte buffers are
-one-dimensional arrays of uint8 (`as_bytes` makes one of anything); sources may be read-only, as a
-mapped file is, and objects of bytes. All arguments are checked before the first byte is touched: a ValueError says which
-one is wrong, a TypeError that an array has another type or shape.
+one-dimensional arrays of uint8 (`as_bytes` makes one of anything); sources may be objects of bytes
+and read-only, as a mapped file is. All arguments are checked before the first byte is touched: a
+ValueError says which one is wrong, a TypeError that a buffer has another type or shape.
 
 A *box* is an n-dimensional region of a buffer: an offset, one stride per dimension, a shape, an
 item size, all but the shape in bytes. Strides may be negative, and zero in a source.
@@ -74,7 +74,7 @@ def crc32c_blocks(
     data is small.
     """
     if out is None:
-        out = np.empty(-(-memoryview(data).nbytes // max(block_bytes, 1)), np.uint32)
+        out = np.empty(-(-len(data) // max(block_bytes, 1)), np.uint32)
     _native.crc32c_blocks(data, block_bytes, out, threads)
     return out
 
