@@ -109,7 +109,7 @@ def open_corpus(
             the cache cannot be written, or has no such tokens and ``build`` is False.
     """
     tokenizer = open_tokenizer(config.tokenizer)
-    cache = _Cache(cache_dir, find_files(config.source), tokenizer, progress)
+    cache = _Cache(cache_dir, config.source, tokenizer, progress)
     texts, tokens = cache.load_or_build() if build else cache.load()
     corpus = _split(cache.sources.name, texts, tokenizer, tokens, config.held_out)
     check_training_fits(corpus, config)
@@ -167,13 +167,18 @@ class _Cache:
     """The cache folder, as one corpus sees it."""
 
     def __init__(
-        self, folder: Path, sources: Sources, tokenizer: Tokenizer, progress: Progress | None
+        self,
+        folder: Path,
+        source: str | list[str],
+        tokenizer: Tokenizer,
+        progress: Progress | None,
     ) -> None:
-        self.sources = sources
+        self.sources = find_files(source)
+        self._source = source
         self._folder = folder
         self._tokenizer = tokenizer
         self._progress = progress
-        self._tag = hashlib.sha256(sources.key.encode()).hexdigest()[:16]
+        self._tag = hashlib.sha256(self.sources.key.encode()).hexdigest()[:16]
         self._index_path = folder / f"index-1-{self._tag}"
 
     def load(self) -> tuple[Texts, TokenFile]:
@@ -199,8 +204,8 @@ class _Cache:
             try:
                 return self._load_or_build(trust_index=True)
             except DocumentChangedError:
-                # Changed this minute, or the file system deceived us: read everything afresh.
-                pass
+                # Changed this minute, or the file system deceived us: begin afresh.
+                self.sources = find_files(self._source)
             try:
                 return self._load_or_build(trust_index=False)
             except DocumentChangedError as error:

@@ -185,10 +185,12 @@ def _hash_text(path: str) -> tuple[str, int]:
     with open(path, "rb") as file:
         while True:
             chunk = file.read(PIECE_BYTES)
+            undecoded = len(decoder.getstate()[0])
             try:
                 decoder.decode(chunk, final=not chunk)
             except UnicodeDecodeError as error:
-                raise _NotTextError(f"invalid near byte {size_bytes + error.start}") from error
+                position = size_bytes - undecoded + error.start
+                raise _NotTextError(f"invalid at byte {position}") from error
             if b"\0" in chunk:
                 raise _NotTextError(f"a zero byte at byte {size_bytes + chunk.index(0)}")
             if not chunk:
@@ -202,6 +204,8 @@ def _pieces_of(document: Document, advance: Advance) -> Iterator[Piece]:
     held = b""
     with open(document.path, "rb") as file:
         while chunk := file.read(PIECE_BYTES):
+            if file.tell() > document.size_bytes:  # it grows, perhaps without end
+                break
             hasher.update(chunk)
             text = held + chunk
             if len(text) > PIECE_BYTES:

@@ -60,19 +60,28 @@ def replacing(path: Path, tag: str = "record") -> Iterator[IO[bytes]]:
         raise
 
 
+def seal(value: Any) -> bytes:
+    """JSON-able ``value`` as two lines: a checksum, and the JSON that it is of."""
+    body = json.dumps(value, separators=(",", ":")).encode()
+    return hashlib.sha256(body).hexdigest().encode() + b"\n" + body + b"\n"
+
+
+def unseal(sealed: bytes) -> Any:
+    """What ``seal`` was given, or None if anything is damaged; ignores what follows the lines."""
+    checksum, _, rest = sealed.partition(b"\n")
+    body = rest.partition(b"\n")[0]
+    return json.loads(body) if hashlib.sha256(body).hexdigest().encode() == checksum else None
+
+
 def write_record(path: Path, value: Any) -> None:
     """Stores JSON-able ``value`` with its checksum; failure is ignored: records only save time."""
-    body = json.dumps(value, separators=(",", ":")).encode()
     with contextlib.suppress(OSError), replacing(path) as file:
-        file.write(hashlib.sha256(body).hexdigest().encode() + b"\n" + body)
+        file.write(seal(value))
 
 
 def read_record(path: Path) -> Any:
     """What ``write_record`` stored, or None if it is missing or damaged in any way."""
     try:
-        checksum, _, body = path.read_bytes().partition(b"\n")
+        return unseal(path.read_bytes())
     except OSError:
         return None
-    if hashlib.sha256(body).hexdigest().encode() != checksum:
-        return None
-    return json.loads(body)

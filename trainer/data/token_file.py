@@ -1,13 +1,13 @@
 """The token cache: one plain file per (text, tokenizer), named by what is in it.
 
-A header of ``HEADER_BYTES`` (a magic line, one line of JSON, padding of spaces), then the tokens as
-little-endian unsigned integers, ready to be mapped. A file appears under its name only when it is
-complete; it is read only if its size and checksum are right. The checksum of a file that was found
-right before, and that the file system says is the same still, is not computed again.
+A header of ``HEADER_BYTES`` (a magic line, a checksum, one line of JSON, padding of spaces), then
+the tokens as little-endian unsigned integers, ready to be mapped. A file appears under its name
+only when it is complete; it is read only if header, size and checksum are right. The checksum of a
+file that was found right before, and that the file system says is the same still, is not computed
+again.
 """
 
 import hashlib
-import json
 import time
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
@@ -16,7 +16,14 @@ from typing import Any
 
 import numpy as np
 
-from everstep.trainer.data.stamps import FileStamp, read_record, replacing, write_record
+from everstep.trainer.data.stamps import (
+    FileStamp,
+    read_record,
+    replacing,
+    seal,
+    unseal,
+    write_record,
+)
 from everstep.trainer.data.tokenizer import TokenArray
 
 HEADER_BYTES = 4096
@@ -78,7 +85,7 @@ def write_token_file(
             "key": asdict(key),
         }
         file.seek(0)
-        file.write((_MAGIC + json.dumps(header).encode() + b"\n").ljust(HEADER_BYTES))
+        file.write((_MAGIC + seal(header)).ljust(HEADER_BYTES))
 
 
 def open_token_file(path: Path, key: TokenFileKey) -> TokenFile | None:
@@ -95,18 +102,17 @@ def open_token_file(path: Path, key: TokenFileKey) -> TokenFile | None:
 
 
 def _read_header(path: Path, key: TokenFileKey) -> dict[str, Any] | None:
+    """The header, if it is whole, belongs to ``key``, and the file has the size that it says."""
     with path.open("rb") as file:
         head = file.read(HEADER_BYTES)
         size_bytes = file.seek(0, 2)
     if len(head) != HEADER_BYTES or not head.startswith(_MAGIC):
         return None
-    try:
-        header = json.loads(head[len(_MAGIC) :])
-        payload_bytes = header["tokens"] * np.dtype(header["dtype"]).itemsize
-        fits = header["key"] == asdict(key) and HEADER_BYTES + payload_bytes == size_bytes
-    except (ValueError, KeyError, TypeError):
+    header = unseal(head[len(_MAGIC) :])
+    if header is None or header["key"] != asdict(key):
         return None
-    return header if fits else None
+    payload_bytes = header["tokens"] * np.dtype(header["dtype"]).itemsize
+    return header if HEADER_BYTES + payload_bytes == size_bytes else None
 
 
 def _is_intact(path: Path, sha256: str) -> bool:
