@@ -26,23 +26,24 @@ class ProcessGroupCollective:
 
     def exchange(self, tag: str, payload: bytes) -> list[bytes]:
         """See ``Collective.exchange``; two all-gathers, lengths first."""
-        mine = torch.tensor([zlib.crc32(tag.encode()), len(payload)], dtype=torch.int64)
-        heads = torch.empty(self.world_size, 2, dtype=torch.int64)
         try:
-            dist.all_gather_into_tensor(heads, mine, group=self._group)
-            tags, sizes = heads[:, 0].tolist(), heads[:, 1].tolist()
+            heads = self._gather(
+                torch.tensor([zlib.crc32(tag.encode()), len(payload)], dtype=torch.int64)
+            )
+            tags, sizes = zip(*(head.tolist() for head in heads), strict=True)
             if len(set(tags)) > 1:
                 raise CollectiveError(f"ranks are out of step: this one is at {tag!r}")
-            width = max(sizes)
-            if width == 0:
-                return [b""] * self.world_size
-            sent = torch.zeros(width, dtype=torch.uint8)
+            sent = torch.zeros(max(sizes), dtype=torch.uint8)
             if payload:
                 sent[: len(payload)] = torch.frombuffer(bytearray(payload), dtype=torch.uint8)
-            received = torch.empty(self.world_size, width, dtype=torch.uint8)
-            dist.all_gather_into_tensor(received, sent, group=self._group)
+            received = self._gather(sent) if len(sent) else [sent] * self.world_size
         except RuntimeError as e:
             raise CollectiveError(
                 f"rank {self.rank} lost contact with the other ranks at {tag!r}: {e}"
             ) from e
-        return [received[r, :n].numpy().tobytes() for r, n in enumerate(sizes)]
+        return [data[:size].numpy().tobytes() for data, size in zip(received, sizes, strict=True)]
+
+    def _gather(self, mine: torch.Tensor) -> list[torch.Tensor]:
+        gathered = [torch.empty_like(mine) for _ in range(self.world_size)]
+        dist.all_gather(gathered, mine, group=self._group)
+        return gathered

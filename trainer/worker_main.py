@@ -1,12 +1,12 @@
 """One rank of a run, from its spec to its exit code; the same under every launcher."""
 
+import time
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from everstep.trainer.sample import generate
 
 from everstep.checkpoint.checkpointer import Checkpointer, StepInfo
 from everstep.checkpoint.collective import Collective, on_rank0
@@ -21,12 +21,14 @@ from everstep.trainer.loop import Run, Say, train
 from everstep.trainer.mesh_shape import MeshShape, check_config, local_device, resolve_mesh
 from everstep.trainer.metrics import open_sinks
 from everstep.trainer.rank_spec import RankSpec, Reporter, StopRequested
+from everstep.trainer.sample import generate
 from everstep.trainer.summary import summarise
 
 EXIT_DONE = 0
 EXIT_STOPPED = 75
 """Stopped on request, state saved: the same command goes on (EX_TEMPFAIL of sysexits.h)."""
 SAMPLE_PROMPT = "def "
+PROGRESS_EVERY_S = 3.0
 
 
 def run_rank(spec: RankSpec, report: Reporter, should_stop: StopRequested) -> int:
@@ -146,14 +148,13 @@ def _join_group(config: RunConfig, spec: RankSpec, device: torch.device) -> None
 def _open_corpus(config: RunConfig, run_dir: Path, collective: Collective, say: Say) -> Corpus:
     """Rank 0 tokenises what is not cached yet; then all ranks map the same file."""
     cache = run_dir / "cache"
-    shown = -1
+    shown_s = time.monotonic()
 
     def progress(done_bytes: int, total_bytes: int) -> None:
-        nonlocal shown
-        tenth = 10 * done_bytes // max(1, total_bytes)
-        if tenth > shown:
-            shown = tenth
-            say("message", text=f"reading the corpus: {10 * tenth} % of {total_bytes / 1e6:.0f} MB")
+        nonlocal shown_s
+        if time.monotonic() - shown_s > PROGRESS_EVERY_S:
+            shown_s = time.monotonic()
+            say("message", text=f"reading the corpus: {100 * done_bytes // total_bytes} %")
 
     def build() -> None:
         corpus = open_corpus(config.data, cache, progress=progress)
