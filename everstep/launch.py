@@ -93,12 +93,13 @@ def _train_local(
     world_size = world_size_of(config.mesh, nproc, gpus)
     check_config(config, resolve_mesh(config.mesh, world_size))
     device = local_device(config.parallel.device, gpus, world_size)
-    if gpus and device == "cpu" != config.parallel.device:
+    if gpus and config.parallel.device == "auto" and device == "cpu":
         console.print(
             f"training on the CPU: each of the {world_size} ranks needs a GPU of its own, and this "
             f"host has {gpus}",
             soft_wrap=True,
         )
+
     from everstep.cluster.controller import run_local
 
     return run_local(config, run_dir, resume, world_size, console)

@@ -1,0 +1,285 @@
+"""The command line: what it hands over, its exit codes, its sentences, and how light it is."""
+
+import os
+import subprocess
+import sys
+import types
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import everstep
+from everstep.checkpoint.errors import EverstepError
+from everstep.cli import main
+from everstep.trainer.config import RunConfig
+from everstep.trainer.config_load import load_config, parse_config
+
+ROOT = Path(everstep.__file__).parent.parent
+RANK_VARIABLES = ("RANK", "WORLD_SIZE", "SLURM_PROCID", "SLURM_STEP_ID", "CUDA_VISIBLE_DEVICES")
+
+
+class FakeLaunchers:
+    """Stands in for both launchers and notes what it was called with."""
+
+    def __init__(self) -> None:
+        self.calls: list[tuple[Any, ...]] = []
+        self.code = 0
+        self.error: Exception | None = None
+
+    def run_local(
+        self, config: RunConfig, run_dir: Path, resume: str, world_size: int, console: object
+    ) -> int:
+        return self._called("local", config, run_dir, resume, world_size)
+
+    def run_external(self, config: RunConfig, run_dir: Path, resume: str, console: object) -> int:
+        return self._called("external", config, run_dir, resume)
+
+    def _called(self, *call: Any) -> int:
+        self.calls.append(call)
+        if self.error is not None:
+            raise self.error
+        return self.code
+
+
+@pytest.fixture
+def launchers(monkeypatch: pytest.MonkeyPatch) -> FakeLaunchers:
+    fake = FakeLaunchers()
+    for module, function in (("controller", "run_local"), ("external", "run_external")):
+        stand_in = types.ModuleType(f"everstep.cluster.{module}")
+        setattr(stand_in, function, getattr(fake, function))
+        monkeypatch.setitem(sys.modules, stand_in.__name__, stand_in)
+    for name in RANK_VARIABLES:
+        monkeypatch.delenv(name, raising=False)
+    return fake
+
+
+def run(*arguments: str) -> int:
+    """Exit code of ``everstep ARGUMENTS``."""
+    with pytest.raises(SystemExit) as ended:
+        main(arguments)
+    return int(ended.value.code or 0)
+
+
+def fresh(code: str, *arguments: str) -> subprocess.CompletedProcess[str]:
+    """Run Python code in a new interpreter that finds this everstep."""
+    return subprocess.run(
+        [sys.executable, "-c", code, *arguments],
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+
+
+def test_train_starts_the_local_launcher(launchers: FakeLaunchers) -> None:
+    assert run("train", "demo", "train.steps=7", "optim.lr=1e-2") == 0
+    config = load_config("demo", ["train.steps=7", "optim.lr=1e-2"])
+    assert launchers.calls == [("local", config, Path("runs/demo"), "auto", 4)]
+
+
+def test_train_passes_options_on(launchers: FakeLaunchers, tmp_path: Path) -> None:
+    options = ("--nproc", "2", "--resume", "40", "--run-dir", str(tmp_path))
+    assert run("train", "demo", *options, "mesh.dp_shard=auto", "name=other") == 0
+    ((_, config, run_dir, resume, world_size),) = launchers.calls
+    assert (run_dir, resume, world_size) == (tmp_path, "40", 2)
+    assert (config.name, config.mesh.dp_shard) == ("other", "auto")
+
+
+def test_the_run_directory_is_named_after_the_run(launchers: FakeLaunchers) -> None:
+    assert run("train", "demo", "name=mine") == 0
+    assert launchers.calls[0][2] == Path("runs/mine")
+
+
+@pytest.mark.parametrize("code", [0, 1, 75, 130])
+def test_the_exit_code_is_that_of_the_run(launchers: FakeLaunchers, code: int) -> None:
+    launchers.code = code
+    assert run("train", "debug_single") == code
+
+
+def test_train_under_torchrun(launchers: FakeLaunchers, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    assert run("train", "demo") == 0
+    assert launchers.calls == [("external", load_config("demo"), Path("runs/demo"), "auto")]
+    assert run("train", "demo", "--launcher", "local") == 0
+    assert launchers.calls[1][0] == "local"
+
+
+def test_a_mesh_that_does_not_fit_torchrun(
+    launchers: FakeLaunchers,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    assert run("train", "demo") == 2
+    assert "needs 4 ranks, but there are 3" in capsys.readouterr().err
+    assert run("train", "demo", "--nproc", "4") == 2
+    assert "--nproc=4 is for the local launcher" in capsys.readouterr().err
+    assert launchers.calls == []
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (["demo", "train.stps=1"], "unknown key train.stps; did you mean train.steps?"),
+        (["demo", "--nproc", "3"], "needs 4 ranks, but there are 3: start 4 (--nproc 4)"),
+        (["demo", "--resume", "latest"], "--resume: got 'latest', expected 'auto' (newest "),
+        (["demo", "data.seq_len=255"], "data.seq_len=255 cannot be divided over mesh.tp=2"),
+        (["nowhere.yaml"], "no config 'nowhere.yaml': neither a file nor a packaged config"),
+        (["demo", "parallel.device=cuda"], "needs a GPU for each, but this host has "),
+    ],
+)
+def test_what_cannot_run_is_one_sentence_and_exit_code_2(
+    launchers: FakeLaunchers,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    arguments: Sequence[str],
+    sentence: str,
+) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    assert run("train", *arguments) == 2
+    output = capsys.readouterr()
+    assert output.out == ""
+    assert output.err.startswith("error: ")
+    assert sentence in output.err
+    assert output.err.count("\n") == 1
+    assert launchers.calls == []
+
+
+def test_deliberate_errors_of_a_run_are_one_sentence(
+    launchers: FakeLaunchers, capsys: pytest.CaptureFixture[str]
+) -> None:
+    launchers.error = EverstepError("the disk is full:\nmake room")
+    assert run("train", "debug_single") == 1
+    assert capsys.readouterr().err == "error: the disk is full: make room\n"
+
+
+def test_defects_keep_their_traceback(launchers: FakeLaunchers) -> None:
+    launchers.error = ZeroDivisionError("a defect")
+    with pytest.raises(ZeroDivisionError, match="a defect"):
+        main(["train", "debug_single"])
+
+
+def test_config_show_prints_a_config_that_loads(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("config", "show", "demo", "optim.lr=1e-2", "--nproc", "4") == 0
+    text = capsys.readouterr().out
+    assert parse_config(text, "shown") == load_config("demo", ["optim.lr=1e-2"])
+    header = [line for line in text.splitlines() if line.startswith("# ")]
+    assert header[0] == "# everstep config, resolved from demo and 1 override"
+    assert header[1] == "# ranks:      4 (mesh dp_shard 2 x tp 2)"
+    assert "2 data-parallel ranks x 1 micro-batch of 8" in header[2]
+    assert header[4] == "# parameters: 3.38M"
+
+
+def test_config_show_resolves_for_a_number_of_ranks(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("config", "show", "llama_8b", "--nproc", "16") == 0
+    header = capsys.readouterr().out.splitlines()[:5]
+    assert header[1] == "# ranks:      16 (mesh dp_shard 16)"
+    assert "16 data-parallel ranks x 32 micro-batches of 1" in header[2]
+    assert header[4] == "# parameters: 8.03B"
+
+
+def test_config_show_with_a_model_and_a_tokenizer_of_ones_own(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert run("config", "show", "debug_single", "model.factory=a.b:c") == 0
+    assert "# parameters: known once a.b:c has built the model" in capsys.readouterr().out
+    given = ("data.tokenizer=some.json", "model.vocab_size=1000")
+    assert run("config", "show", "debug_single", *given) == 0
+    assert "# parameters: 227k" in capsys.readouterr().out
+    assert run("config", "show", "debug_single", "data.tokenizer=some.json") == 1
+    assert "error: data.tokenizer: there is no file 'some.json'" in capsys.readouterr().err
+
+
+def test_config_list_names_every_config_with_its_description(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert run("config", "list") == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 12
+    assert max(map(len, lines)) <= 100
+    assert any(line.startswith("demo ") and "on 4 ranks" in line for line in lines)
+
+
+def test_version(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("--version") == 0
+    assert capsys.readouterr().out == f"everstep {everstep.__version__}\n"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ([], ["Start here:", "everstep train demo", "doctor"]),
+        (
+            ["train"],
+            ["--launcher", "--nproc N", "--resume auto|never|STEP", "--run-dir", "torchrun"],
+        ),
+        (["config"], ["list", "show"]),
+        (["config", "show"], ["CONFIG", "KEY=VALUE", "--nproc"]),
+        (["doctor"], ["everstep doctor my.yaml"]),
+    ],
+)
+def test_help(
+    capsys: pytest.CaptureFixture[str], arguments: Sequence[str], words: Sequence[str]
+) -> None:
+    assert run(*arguments, "--help") == 0
+    text = capsys.readouterr().out
+    assert all(word in text for word in words)
+    assert all(len(line) <= 100 for line in text.splitlines())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "banned"),
+    [
+        (["--help"], {"torch", "numpy", "pydantic", "ray", "yaml", "rich", "importlib.metadata"}),
+        (["train", "--help"], {"torch", "numpy", "ray", "yaml", "rich"}),
+        (["--version"], {"torch", "numpy", "pydantic", "ray", "yaml", "rich"}),
+        (["config", "list"], {"torch", "numpy", "ray"}),
+        (["config", "show", "demo"], {"torch", "numpy", "ray"}),
+        (["train", "demo", "train.steps=0"], {"torch", "numpy", "ray"}),
+        (["doctor"], {"torch", "numpy", "ray", "yaml"}),
+    ],
+)
+def test_nothing_heavy_is_imported(arguments: Sequence[str], banned: set[str]) -> None:
+    # Some versions of typer import pydantic for commands that have arguments.
+    code = (
+        "import sys\n"
+        "from everstep.cli import main\n"
+        "try:\n    main(sys.argv[1:])\n"
+        "finally:\n    print('\\n' + ' '.join(sys.modules))\n"
+    )
+    loaded = set(fresh(code, *arguments).stdout.splitlines()[-1].split())
+    assert "everstep.cli" in loaded
+    assert not loaded & banned
+
+
+def test_the_face_imports_nothing_and_gives_everything() -> None:
+    code = (
+        "import sys, everstep\n"
+        "assert not {'torch', 'numpy', 'pydantic', 'yaml'} & set(sys.modules)\n"
+        "assert set(everstep.__all__) <= set(dir(everstep))\n"
+        "print(*(getattr(everstep, name).__module__ for name in everstep.__all__ "
+        "if name != '__version__'))\n"
+    )
+    done = fresh(code)
+    assert done.stderr == ""
+    assert all(module.startswith("everstep.") for module in done.stdout.split())
+    with pytest.raises(AttributeError, match="has no attribute 'nothing'"):
+        everstep.nothing  # noqa: B018
+
+
+def test_running_as_a_module() -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "everstep", "train", "demo", "lr=1"],
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert done.returncode == 2
+    assert done.stderr == "error: command line: unknown key lr; did you mean optim.lr?\n"
