@@ -11,6 +11,7 @@ from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import nn
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.distributed.tensor.placement_types import Placement, _StridedShard
 
@@ -87,6 +88,9 @@ def named_tensors(module: nn.Module) -> dict[str, torch.Tensor]:
     Raises:
         StateError: a module keeps extra state, which a checkpoint cannot carry.
     """
+    for part in module.modules():
+        if isinstance(part, FSDPModule):
+            part.reshard()  # an evaluation leaves the root's parameters gathered
     found: dict[str, torch.Tensor] = {}
     seen: set[int] = set()
     for name, tensor in _walk(module, ""):
