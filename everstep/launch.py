@@ -35,12 +35,15 @@ def train(
 ) -> int:
     """Run a config and return the exit code; torch is not imported before everything fits.
 
-    Raises ConfigError for whatever can be known to be wrong without starting a rank.
+    Raises ConfigError for whatever can be known to be wrong without starting a rank, and
+    TorchVersionError where torch is missing or too old.
     """
+    from everstep.torch_version import require_torch
     from everstep.trainer.config_load import load_config
 
     check_resume(resume)
     config = load_config(ref, overrides)
+    require_torch()
     directory = run_dir or Path("runs") / config.name
     if choose_launcher(launcher, environment) is Launcher.EXTERNAL:
         return _train_external(config, directory, resume, nproc, environment, console)

@@ -13,6 +13,7 @@ import pytest
 import everstep
 from everstep.checkpoint.errors import EverstepError
 from everstep.cli import main
+from everstep.torch_version import require_torch
 from everstep.trainer.config import RunConfig
 from everstep.trainer.config_load import load_config, parse_config
 
@@ -147,6 +148,18 @@ def test_what_cannot_run_is_one_sentence_and_exit_code_2(
     assert output.err.startswith("error: ")
     assert sentence in output.err
     assert output.err.count("\n") == 1
+    assert launchers.calls == []
+
+
+def test_an_old_torch_is_told_before_anything_starts(
+    launchers: FakeLaunchers,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    require_torch.cache_clear()
+    monkeypatch.setattr("everstep.torch_version.torch_version", lambda: "2.4.1")
+    assert run("train", "debug_single") == 1
+    assert "error: torch 2.4.1 is too old" in capsys.readouterr().err
     assert launchers.calls == []
 
 
