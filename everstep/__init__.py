@@ -7,7 +7,9 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from everstep.checkpoint.checkpointer import Checkpointer
     from everstep.checkpoint.errors import EverstepError
+    from everstep.checkpoint.torch_state import State
     from everstep.trainer.config import RunConfig
     from everstep.trainer.config_load import dump_config, load_config
     from everstep.trainer.errors import ConfigError
@@ -15,18 +17,22 @@ if TYPE_CHECKING:
     __version__: str
 
 _HOME = {
+    "Checkpointer": "everstep.checkpoint.checkpointer",
     "ConfigError": "everstep.trainer.errors",
     "EverstepError": "everstep.checkpoint.errors",
     "RunConfig": "everstep.trainer.config",
+    "State": "everstep.checkpoint.torch_state",
     "dump_config": "everstep.trainer.config_load",
     "load_config": "everstep.trainer.config_load",
 }
 """Public name -> module that defines it."""
 
 __all__ = [
+    "Checkpointer",
     "ConfigError",
     "EverstepError",
     "RunConfig",
+    "State",
     "__version__",
     "dump_config",
     "load_config",
