@@ -189,8 +189,9 @@ class _Cache:
         tokens = open_token_file(self._folder / key.name, key)
         if tokens is None:
             raise DataError(
-                f"the token cache '{self._folder}' has no intact tokens of {self.sources.name}; "
-                "open the corpus with build=True first"
+                f"the token cache '{self._folder}' has no intact tokens of {self.sources.name} as "
+                "it is on this host; give all hosts the same text (for stdlib: the same Python), "
+                "or open the corpus with build=True first"
             )
         return texts, tokens
 
