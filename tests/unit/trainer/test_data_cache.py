@@ -211,7 +211,7 @@ def test_text_that_changes_once_is_read_again(folder: Path, cache: Path) -> None
 
 
 def test_without_build_nothing_is_built(folder: Path, cache: Path) -> None:
-    with pytest.raises(DataError, match=r"has no intact tokens of .*texts as it is on this host; give"):
+    with pytest.raises(DataError, match=r"no intact tokens of .*texts as it is on this host; give"):
         open_corpus(data_config(folder), cache, build=False)
     assert not cache.exists()
     expected = open_corpus(data_config(folder), cache)
