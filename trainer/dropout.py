@@ -1,14 +1,14 @@
 """Dropout whose mask depends on what is dropped, not on who computes it.
 
-The mask is a hash of (seed, site, global sample index, token position, channel). Any number of
-ranks, any slice of batch or sequence, recomputation in activation checkpointing and a resume all
+The mask is a hash of (seed, global sample index, token position, layer, site, channel). Any number
+of ranks, any slice of batch or sequence, recomputation in activation checkpointing and a resume all
 see the same mask, and no generator state has to be kept. Sharding the channels is not supported:
 the residual stream that it is used on is never sharded over channels.
 
-A token gets one 32-bit key per site; every pair of channels mixes it with a key of its own through
-multiply and xor-shift rounds (the finaliser of MurmurHash3 with fewer steps and signed shifts), and
-each 16-bit half of the result decides one channel. A few passes over int32 tensors of half the size
-of the activation: several times cheaper than drawing from torch's CPU generator.
+A token gets a 32-bit key per layer and site; every pair of channels mixes it with a key of its own
+through multiply and xor-shift rounds (the finaliser of MurmurHash3 with fewer steps and signed
+shifts), and each 16-bit half of the result decides one channel. A few passes over int32 tensors of
+half the size of the activation: several times cheaper than torch's CPU generator.
 """
 
 import hashlib
@@ -16,8 +16,8 @@ import hashlib
 import torch
 from torch import Tensor, nn
 
-_MIX_A = -1640531535  # odd 32-bit constants of xxHash32 (0x9E3779B1, 0x85EBCA77), as int32
-_MIX_B = -2048144777
+# Odd 32-bit constants of xxHash32 (0x9E3779B1, 0x85EBCA77, 0xC2B2AE3D), as int32.
+_MIX_A, _MIX_B, _MIX_C = -1640531535, -2048144777, -1028477379
 _LEVELS = 1 << 16
 
 
@@ -36,20 +36,29 @@ class TokenKeys(nn.Module):
         return _scramble(high_B[:, None] ^ position_L)
 
 
+def keys_of_layer(keys_BL: Tensor, layer: int) -> Tensor:
+    """The keys of the same tokens in another layer.
+
+    Mixed in here rather than in ``LayoutFreeDropout``, so that all blocks run the same code and
+    are compiled once.
+    """
+    return _scramble(keys_BL ^ _key_of(layer, "layer"))
+
+
 class LayoutFreeDropout(nn.Module):
     """Zeroes a fraction ``p`` of the activations in training and scales up the rest.
 
-    ``p`` is rounded to a multiple of 2**-16. ``site`` tells the places in a model apart.
+    ``p`` is rounded to a multiple of 2**-16. ``site`` tells the places in a layer apart.
     """
 
-    def __init__(self, p: float, *, dim: int, seed: int, site: str) -> None:
+    def __init__(self, p: float, *, dim: int, site: str) -> None:
         super().__init__()
         if dim % 2:
             raise ValueError(f"dim={dim} is odd: dropout decides channels in pairs")
         dropped = round(p * _LEVELS)
         self.p = dropped / _LEVELS
         self._first_kept = dropped - _LEVELS // 2
-        self._site = _key_of(seed, site)
+        self._site = _key_of(0, site)
         self._dim = dim
 
     def forward(self, x_BLD: Tensor, keys_BL: Tensor | None) -> Tensor:
@@ -67,14 +76,15 @@ class LayoutFreeDropout(nn.Module):
         hash_BLP ^= hash_BLP >> 16
         hash_BLP *= _MIX_B
         hash_BLP ^= hash_BLP >> 15
+        hash_BLP *= _MIX_C  # last, because a signed shift leaves the sign bit clear
         return hash_BLP.view(torch.int16) >= self._first_kept
 
     def extra_repr(self) -> str:
         return f"p={self.p}"
 
 
-def _key_of(seed: int, name: str) -> int:
-    digest = hashlib.sha256(f"everstep dropout {seed} {name}".encode()).digest()
+def _key_of(number: int, name: str) -> int:
+    digest = hashlib.sha256(f"everstep dropout {name} {number}".encode()).digest()
     return int.from_bytes(digest[:4], "little")
 
 

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from everstep.trainer.config import ModelConfig
-from everstep.trainer.dropout import LayoutFreeDropout, TokenKeys
+from everstep.trainer.dropout import LayoutFreeDropout, TokenKeys, keys_of_layer
 from everstep.trainer.errors import ConfigError
 from everstep.trainer.factory import load_factory
 from everstep.trainer.model_shape import ModelShape, resolve_model
@@ -134,19 +134,14 @@ class MLP(nn.Module):
 class Block(nn.Module):
     """One decoder layer: attention and MLP, each behind a norm and added to the stream."""
 
-    def __init__(self, config: ModelConfig, shape: ModelShape, *, seed: int, index: int) -> None:
+    def __init__(self, config: ModelConfig, shape: ModelShape) -> None:
         super().__init__()
         self.input_layernorm = RMSNorm(shape.dim, config.norm_eps)
         self.self_attn = Attention(shape)
         self.post_attention_layernorm = RMSNorm(shape.dim, config.norm_eps)
         self.mlp = MLP(shape)
-        site = f"layers.{index}"
-        self.attn_dropout = LayoutFreeDropout(
-            config.dropout, dim=shape.dim, seed=seed, site=f"{site}.self_attn"
-        )
-        self.mlp_dropout = LayoutFreeDropout(
-            config.dropout, dim=shape.dim, seed=seed, site=f"{site}.mlp"
-        )
+        self.attn_dropout = LayoutFreeDropout(config.dropout, dim=shape.dim, site="self_attn")
+        self.mlp_dropout = LayoutFreeDropout(config.dropout, dim=shape.dim, site="mlp")
 
     def forward(self, x_BLD: Tensor, rotary: Rotary, keys_BL: Tensor | None) -> Tensor:
         """(B, L, D) -> (B, L, D); ``keys_BL`` are the tokens' dropout keys, None for no dropout."""
@@ -163,9 +158,7 @@ class Decoder(nn.Module):
     def __init__(self, config: ModelConfig, shape: ModelShape, *, seq_len: int, seed: int) -> None:
         super().__init__()
         self.embed_tokens = nn.Embedding(shape.vocab_size, shape.dim)
-        self.layers = nn.ModuleList(
-            Block(config, shape, seed=seed, index=index) for index in range(shape.layers)
-        )
+        self.layers = nn.ModuleList(Block(config, shape) for _ in range(shape.layers))
         self.norm = RMSNorm(shape.dim, config.norm_eps)
         self.rotary = RotaryTable(seq_len, shape.head_dim, config.rope_theta)
         self.token_keys = TokenKeys(seed)
@@ -181,8 +174,9 @@ class Decoder(nn.Module):
             keys_BL = self.token_keys(sample_B, seq_len)
         rotary = self.rotary(seq_len)
         x_BLD = self.embed_tokens(tokens_BL)
-        for layer in self.layers:
-            x_BLD = layer(x_BLD, rotary, keys_BL)
+        for index, layer in enumerate(self.layers):
+            layer_keys_BL = None if keys_BL is None else keys_of_layer(keys_BL, index)
+            x_BLD = layer(x_BLD, rotary, layer_keys_BL)
         out: Tensor = self.norm(x_BLD)
         return out
 

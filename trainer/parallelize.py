@@ -33,7 +33,7 @@ def parallelize(
 
     A single rank in fp32 needs no FSDP2 and gets none. Gradients become means over data-parallel
     ranks: for the mean over all tokens of a step, backpropagate the sum over a micro batch times
-    ``shape.dp / tokens of the step``. Raises ConfigError for a user's model with tensor parallelism.
+    ``shape.dp / tokens of the step``. Raises ConfigError for a user's model with mesh.tp > 1.
     """
     if shape.tp > 1:
         if not isinstance(model, Llama):
