@@ -26,6 +26,7 @@ _HOME = {
     "load_config": "everstep.trainer.config_load",
 }
 """Public name -> module that defines it."""
+_NEEDS_TORCH = {"Checkpointer", "State"}
 
 __all__ = [
     "Checkpointer",
@@ -43,6 +44,8 @@ def __getattr__(name: str) -> Any:
     if name == "__version__":
         value: Any = _installed_version()
     elif name in _HOME:
+        if name in _NEEDS_TORCH:
+            importlib.import_module("everstep.checkpoint.torch_version").require_torch()
         value = getattr(importlib.import_module(_HOME[name]), name)
     else:
         raise AttributeError(f"module 'everstep' has no attribute {name!r}")

@@ -165,6 +165,11 @@ def doctor(
     overrides: Overrides = None,
 ) -> None:
     """Report what this machine offers and what to do about it; exit code 1 if something fails."""
-    from everstep.doctor import examine
+    if config is None:
+        from everstep.doctor import examine
 
-    raise typer.Exit(examine(config, overrides or []))
+        raise typer.Exit(examine())
+    # Apart, because a doctor has to work where packages that configs need are missing.
+    from everstep.doctor_run import examine_run
+
+    raise typer.Exit(examine_run(config, overrides or []))

@@ -18,10 +18,12 @@ from rich.table import Table
 from rich.text import Text
 
 from everstep import machine
-from everstep.torch_version import TorchVersionError, check_version, torch_version
+from everstep.checkpoint.torch_version import TorchVersionError, check_version, torch_version
 from everstep.words import size_words
 
 GIB = 2**30
+RUN_ROOT = Path("runs")
+"""Directory that run directories are made in by default."""
 REQUIRED = ("numpy", "pydantic", "pyyaml", "rich", "typer")
 EXTRAS = {"hf": "tokenizers", "tensorboard": "tensorboard"}
 """Extra -> the package that it brings."""
@@ -74,20 +76,14 @@ class Facts:
     disk: machine.Disk
 
 
-def examine(ref: str | None, overrides: Sequence[str]) -> int:
-    """Report on the machine and, if one is named, on a config on it; returns the exit code."""
-    console = Console(width=None if sys.stdout.isatty() else 100)
-    run_root = Path("runs")
-    if ref is None:
-        return report(diagnose(gather(run_root)), console, "everstep train demo")
-    # Only here, because a doctor has to work where packages that configs need are missing.
-    from everstep.doctor_run import diagnose_run
-    from everstep.trainer.config_load import load_config
+def examine() -> int:
+    """Report on the machine; returns the exit code."""
+    return report(diagnose(gather(RUN_ROOT)), report_console(), "everstep train demo")
 
-    config = load_config(ref, overrides)
-    facts = gather(run_root)
-    findings = [*diagnose(facts), *diagnose_run(config, facts)]
-    return report(findings, console, " ".join(["everstep train", ref, *overrides]))
+
+def report_console() -> Console:
+    """Where reports go: as wide as the terminal, or 100 columns."""
+    return Console(width=None if sys.stdout.isatty() else 100)
 
 
 def gather(run_root: Path) -> Facts:

@@ -1,7 +1,19 @@
 """The part of ``everstep doctor CONFIG`` that asks whether this machine can run that config."""
 
-from everstep.doctor import Facts, Finding, Status
+from collections.abc import Sequence
+
+from everstep.doctor import (
+    RUN_ROOT,
+    Facts,
+    Finding,
+    Status,
+    diagnose,
+    gather,
+    report,
+    report_console,
+)
 from everstep.trainer.config import RunConfig
+from everstep.trainer.config_load import load_config
 from everstep.trainer.errors import ConfigError, DataError
 from everstep.trainer.mesh_shape import (
     BYTES_VOCAB,
@@ -18,6 +30,14 @@ TRAINED_BYTES_PER_PARAMETER = 16
 """fp32 parameter, gradient and both moments of AdamW."""
 SAVED_BYTES_PER_PARAMETER = 12
 """fp32 parameter and both moments."""
+
+
+def examine_run(ref: str, overrides: Sequence[str]) -> int:
+    """Report on the machine and on a config on it; returns the exit code."""
+    config = load_config(ref, overrides)
+    facts = gather(RUN_ROOT)
+    findings = [*diagnose(facts), *diagnose_run(config, facts)]
+    return report(findings, report_console(), " ".join(["everstep train", ref, *overrides]))
 
 
 def diagnose_run(config: RunConfig, facts: Facts) -> list[Finding]:

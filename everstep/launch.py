@@ -38,7 +38,7 @@ def train(
     Raises ConfigError for whatever can be known to be wrong without starting a rank, and
     TorchVersionError where torch is missing or too old.
     """
-    from everstep.torch_version import require_torch
+    from everstep.checkpoint.torch_version import require_torch
     from everstep.trainer.config_load import load_config
 
     check_resume(resume)

@@ -79,7 +79,7 @@ class TorchEngine:
         for index, batch in enumerate(batches):
             set_gradient_sync(self.model, index == len(batches) - 1)
             loss_sum = self._loss_sum(batch)
-            (loss_sum * self._loss_scale).backward()
+            torch.autograd.backward(loss_sum * self._loss_scale)
             total += loss_sum.detach()
         return total
 

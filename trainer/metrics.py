@@ -74,7 +74,8 @@ class JsonlSink:
 
 def split_lines(text: str, after_step: int) -> tuple[list[str], list[str]]:
     """Lines of steps up to ``after_step``, and later ones; a torn last line is dropped (pure)."""
-    kept, superseded = [], []
+    kept: list[str] = []
+    superseded: list[str] = []
     for line in text.splitlines(keepends=True):
         step = _step_of(line)
         if step is None:

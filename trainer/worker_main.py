@@ -15,7 +15,7 @@ from everstep.checkpoint.torch_collective import ProcessGroupCollective
 from everstep.checkpoint.torch_rng import derive_rng
 from everstep.trainer.config import RunConfig
 from everstep.trainer.config_load import parse_config
-from everstep.trainer.data import Corpus, TrainStream, open_corpus
+from everstep.trainer.data import Corpus, TrainStream, check_held_out_fits, open_corpus
 from everstep.trainer.engine import TorchEngine
 from everstep.trainer.loop import Run, Say, train
 from everstep.trainer.mesh_shape import MeshShape, check_config, local_device, resolve_mesh
@@ -158,6 +158,8 @@ def _open_corpus(config: RunConfig, run_dir: Path, collective: Collective, say: 
 
     def build() -> None:
         corpus = open_corpus(config.data, cache, progress=progress)
+        if config.train.eval_batches:
+            check_held_out_fits(corpus, config.data)
         left_out = f", {len(corpus.skipped)} files left out" if corpus.skipped else ""
         say(
             "message",

@@ -13,7 +13,7 @@ import pytest
 import everstep
 from everstep.checkpoint.errors import EverstepError
 from everstep.cli import main
-from everstep.torch_version import require_torch
+from everstep.checkpoint.torch_version import require_torch
 from everstep.trainer.config import RunConfig
 from everstep.trainer.config_load import load_config, parse_config
 
@@ -157,7 +157,7 @@ def test_an_old_torch_is_told_before_anything_starts(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     require_torch.cache_clear()
-    monkeypatch.setattr("everstep.torch_version.torch_version", lambda: "2.4.1")
+    monkeypatch.setattr("everstep.checkpoint.torch_version.torch_version", lambda: "2.4.1")
     assert run("train", "debug_single") == 1
     assert "error: torch 2.4.1 is too old" in capsys.readouterr().err
     assert launchers.calls == []

@@ -2,7 +2,7 @@
 
 import pytest
 
-from everstep.torch_version import (
+from everstep.checkpoint.torch_version import (
     OLDEST_TORCH,
     TorchVersionError,
     check_version,
