@@ -63,10 +63,26 @@ class TorchEngine:
         self.model: nn.Module = parallelize(model, self.mesh, shape, config.parallel)
         materialise(self.model, device, config.seed)
         self.optimizer = build_optimizer(self.model, config.optim)
+        self._hyperparameters = [
+            {name: value for name, value in group.items() if name != "params"}
+            for group in self.optimizer.param_groups
+        ]
         self.scheduler = build_scheduler(self.optimizer, config.optim, config.train.steps)
         self._clip_norm = config.optim.clip_norm
         global_tokens = config.data.global_batch * config.data.seq_len
         self._loss_scale = shape.dp / global_tokens  # FSDP averages gradients over the dp ranks
+
+    def follow_config(self) -> None:
+        """After a load: learning rate and the like are the configuration's, changed or not.
+
+        They are functions of configuration and step, so that without a change nothing changes.
+        """
+        factors = [f(self.scheduler.last_epoch) for f in self.scheduler.lr_lambdas]
+        self.scheduler.base_lrs = [values["lr"] for values in self._hyperparameters]
+        for group, values, factor in zip(
+            self.optimizer.param_groups, self._hyperparameters, factors, strict=True
+        ):
+            group.update({**values, "lr": values["lr"] * factor, "initial_lr": values["lr"]})
 
     @property
     def lr(self) -> float:

@@ -189,6 +189,7 @@ def _resume(
     checkpointer.load(engine.state(stream), step)
     info = checkpointer.loaded
     if info is not None:
+        engine.follow_config()
         say("resumed", step=info.step, path=info.path)
         if not info.rng_restored:
             say(
