@@ -34,8 +34,8 @@ class RunDirError(ClusterError):
 
     def __str__(self) -> str:
         return (
-            f"the run directory {self.directory} cannot be used ({self.why}): make room for it, "
-            "or choose another one with --run-dir"
+            f"the run directory {self.directory} cannot be used ({self.why}): choose another one "
+            "with --run-dir"
         )
 
 

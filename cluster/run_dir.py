@@ -7,17 +7,23 @@
 """
 
 import contextlib
+import json
 import os
+import socket
 import tempfile
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 
+from everstep.checkpoint.errors import DirectoryInUseError
 from everstep.checkpoint.lock import DirectoryLock
 from everstep.cluster.errors import RunDirError
 from everstep.cluster.local_driver import rank_log
 
 LOCK_NAME = "lock"
+ENDING_S = 20.0
+"""How long the next run waits for the ranks of a launcher that was killed."""
 
 
 class RunLock(DirectoryLock):
@@ -70,15 +76,55 @@ def prepare_run_dir(run_dir: Path, config_yaml: str) -> RunDir:
     """
     lock = None
     try:
-        lock = RunLock(run_dir, LOCK_NAME)
+        lock = _lock(run_dir)
         prepared = RunDir(run_dir, lock)
         prepared.logs.mkdir(exist_ok=True)
         _write_atomically(run_dir / "config.yaml", config_yaml)
     except OSError as error:
         if lock is not None:
             lock.release()
-        raise RunDirError(str(run_dir), error.strerror or str(error)) from error
+        raise RunDirError(str(run_dir), _why(error)) from error
     return prepared
+
+
+def _why(error: OSError) -> str:
+    if isinstance(error, FileExistsError | NotADirectoryError):
+        return f"{error.filename} is a file"
+    return error.strerror or str(error)
+
+
+def _lock(run_dir: Path) -> RunLock:
+    """Lock; ranks of a launcher that was killed get a moment to end (they may be large)."""
+    deadline_s = time.monotonic() + ENDING_S
+    while True:
+        try:
+            return RunLock(run_dir, LOCK_NAME)
+        except DirectoryInUseError as error:
+            if not _holder_is_gone(run_dir / LOCK_NAME):
+                raise
+            if time.monotonic() > deadline_s:
+                holder = f"{error.holder}, has ended, but ranks of it are still there"
+                raise DirectoryInUseError(error.directory, holder) from None
+        time.sleep(0.05)
+
+
+def _holder_is_gone(lock_file: Path) -> bool:
+    """Whether the process that took the lock was one of this host, and has ended."""
+    try:
+        holder = json.loads(lock_file.read_text())
+        return holder["host"] == socket.gethostname() and not _exists(int(holder["pid"]))
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
+
+
+def _exists(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        pass  # somebody else's
+    return True
 
 
 def _write_atomically(path: Path, text: str) -> None:
