@@ -12,14 +12,14 @@ from dataclasses import dataclass, field
 
 from everstep.cluster.lifecycle import name_ranks
 
-_TRACE_BEGIN = "--- full trace of the error"
+_TRACE_BEGIN = "--- full trace ---"
 _TRACE_END = "--- end of the trace ---"
 HOLD_S = 0.3
 """How long a line waits for other ranks to write the same."""
 _REMEMBERED_LINES = 5000
 
 _ESCAPES = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]|[\x00-\x08\x0b-\x1f\x7f]")
-_RANK_PREFIX = re.compile(r"^\[rank\s?\d+\]:?\s*", re.IGNORECASE)
+_RANK_PREFIX = re.compile(r"^\[rank\s?\d+\]:? ?", re.IGNORECASE)
 _VOLATILE = re.compile(r"^\[?[IWEF]\d{4} [\d:.]+|0x[0-9a-f]+|\bpid[ =:]*\d+", re.IGNORECASE)
 _WARNING = re.compile(r"^\S+:\d+: \w*Warning: ")
 _TRACE_HEAD = re.compile(r"^(\+ )?(Exception Group )?Traceback \(most recent call last\):")
@@ -32,10 +32,10 @@ _NATIVE_BODY = re.compile(
 )
 
 
-def framed_trace(error: BaseException, rank: int) -> str:
+def framed_trace(error: BaseException) -> str:
     """The full trace of an error for the rank's log, framed so that it is not shown elsewhere."""
     trace = "".join(traceback.format_exception(error)).rstrip("\n")
-    return f"{_TRACE_BEGIN} of rank {rank} ---\n{trace}\n{_TRACE_END}\n"
+    return f"{_TRACE_BEGIN}\n{trace}\n{_TRACE_END}\n"
 
 
 class TraceFilter:
@@ -52,7 +52,7 @@ class TraceFilter:
             if text == _TRACE_END:
                 self._inside = None
             return None
-        if text.startswith(_TRACE_BEGIN):
+        if text == _TRACE_BEGIN:
             self._inside = "frame"
             return None
         if _TRACE_HEAD.match(text):

@@ -88,7 +88,9 @@ def run(parent_pid: int, log: str, fds: Sequence[int]) -> NoReturn:
         if order["rank"] is None:
             link.stamp(rank=None)
             listener = socket.socket(fileno=fds[1])
-            code = work(order["target"], listener, link.report, link.should_stop, -1, log)
+            code = work(
+                order["target"], listener, link.report, link.should_stop, _trace_to_stderr, log
+            )
         else:
             code = _run_rank(order, link, log)
     except BaseException:
@@ -105,18 +107,17 @@ def work(
     subject: object,
     report: Callable[[Report], None],
     should_stop: Callable[[], bool],
-    rank: int,
+    write_trace: Callable[[BaseException], None],
     log: str,
 ) -> int:
-    """Run "module:function" on ``subject``; an error becomes a report and a trace in the log."""
+    """Run "module:function" on ``subject``; an error becomes a trace in ``log`` and a report."""
     try:
         module, _, function = target.partition(":")
         work_function = getattr(importlib.import_module(module), function)
         return int(work_function(subject, report, should_stop))
     except BaseException as error:
         with contextlib.suppress(OSError):
-            sys.stderr.write(framed_trace(error, rank))
-            sys.stderr.flush()
+            write_trace(error)
         report(error_report(error, log))
         return exit_codes.FAILED
 
@@ -154,7 +155,12 @@ def _run_rank(order: Mapping[str, Any], link: Link, log: str) -> int:
     os.environ.update(rank_environment(spec))
     link.stamp(rank=spec.rank)
     link.report({"kind": "started", "pid": os.getpid(), "host": socket.gethostname()})
-    return work(order["target"], spec, link.report, link.should_stop, spec.rank, log)
+    return work(order["target"], spec, link.report, link.should_stop, _trace_to_stderr, log)
+
+
+def _trace_to_stderr(error: BaseException) -> None:
+    sys.stderr.write(framed_trace(error))
+    sys.stderr.flush()
 
 
 def _redirect(log: str) -> None:
