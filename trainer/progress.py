@@ -18,6 +18,7 @@ PLAIN_EVERY_S = 5.0
 """Least time between two lines about steps where there is no terminal."""
 REFRESH_EVERY_S = 0.25
 _WIDTH = 100
+_SHORTEST_BAR = 8
 
 
 class Pace:
@@ -75,10 +76,11 @@ class ProgressView:
     """Shows the reports of one run on ``console``; a context manager.
 
     A console that breaks (closed pipe, terminal gone) silences the view, never the run. Nothing
-    happens in the background: the owner calls ``refresh`` often.
+    happens in the background: the owner calls ``refresh`` often. Without ``live`` there is no bar,
+    for consoles that others write to as well.
     """
 
-    def __init__(self, console: Console, name: str) -> None:
+    def __init__(self, console: Console, name: str, *, live: bool = True) -> None:
         self._console = console
         self._name = name
         self._pace = Pace()
@@ -89,7 +91,7 @@ class ProgressView:
         self._live: Live | None = None
         self._summary: list[str] = []
         self._muted = False
-        self._on_terminal = console.is_terminal and not console.is_dumb_terminal
+        self._on_terminal = live and console.is_terminal and not console.is_dumb_terminal
 
     def __enter__(self) -> "ProgressView":
         if self._on_terminal:
@@ -163,17 +165,18 @@ class ProgressView:
             return Text(f"{self._name}: {self._status}", style="dim")
         step, steps = self._step["step"], self._step["steps"]
         text = "  ".join(step_parts(self._step, self._pace.left_s(steps)))
-        width = min(self._console.width, _WIDTH)
         name = self._name if len(self._name) <= 20 else f"{self._name[:19]}…"
-        bar_width = min(30, width - len(name) - len(text) - 4)
-        if bar_width < 5:
+        width = min(self._console.width, _WIDTH)
+        room = width - len(text) - 2
+        if room - len(name) - 1 < _SHORTEST_BAR:
+            name = ""
+        else:
+            room -= len(name) + 1
+        if room < _SHORTEST_BAR:
             return Text(text[:width])
+        bar = ProgressBar(total=steps, completed=step, width=min(30, room))
         table = Table.grid(padding=(0, 1))
-        table.add_row(
-            Text(name, style="bold"),
-            ProgressBar(total=steps, completed=step, width=bar_width),
-            Text(text),
-        )
+        table.add_row(*[Text(name, style="bold")] * bool(name), bar, Text(text))
         return table
 
     def _try(self, output: Callable[[], None]) -> None:
