@@ -40,27 +40,23 @@ def closing_lines(outcome: Outcome, logs: Path, world_size: int) -> list[Line]:
         return [Line(_stopped(outcome))]
     if outcome.exit_code == exit_codes.INTERRUPTED:
         return [Line("stopped at once, without saving"), Line(_go_on(outcome))]
-    lines = [Line(f"error: {text}", is_error=True) for text in _what_failed(outcome, world_size)]
+    lines = [Line(f"error: {_what_failed(outcome, world_size)}", is_error=True)]
     lines += [Line(f"       {text}", is_error=True) for text in _where(outcome, logs)]
     if outcome.saved_step is not None:
         lines.append(Line(f"       {_go_on(outcome)}", is_error=True))
     return lines
 
 
-def _what_failed(outcome: Outcome, world_size: int) -> Sequence[str]:
+def _what_failed(outcome: Outcome, world_size: int) -> str:
     cause = outcome.cause
     if outcome.failure is not None or cause is None:
-        return [outcome.failure or "the run failed without a reason (please report this)"]
-    sentence = cause.sentence
+        return outcome.failure or "the run failed without a reason (please report this)"
     failed = (cause.rank, *cause.alike)
-    if cause.alike:
-        who = "all ranks" if len(failed) == world_size else name_ranks(failed)
-        sentence = f"{sentence} ({who} alike)" if len(failed) < world_size else sentence
-        if sentence.startswith(f"rank {cause.rank} "):
-            sentence = f"{who} {cause.sentence.removeprefix(f'rank {cause.rank} ')}"
-    elif world_size > 1 and not sentence.startswith("rank "):
-        sentence = f"{sentence} (rank {cause.rank})"
-    return [sentence]
+    who = "all ranks" if len(failed) == world_size else name_ranks(failed)
+    own = f"rank {cause.rank} "
+    if cause.sentence.startswith(own):
+        return f"{who} {cause.sentence.removeprefix(own)}" if cause.alike else cause.sentence
+    return cause.sentence if len(failed) == world_size else f"{cause.sentence} ({who})"
 
 
 def _where(outcome: Outcome, logs: Path) -> Sequence[str]:

@@ -258,7 +258,7 @@ def headline(config: RunConfig, world_size: int, run_dir: Path) -> str:
     """What is run, on what, and where it is written. Raises ConfigError."""
     mesh = resolve_mesh(config.mesh, world_size)
     ranks = f"{world_size} ranks ({mesh})" if world_size > 1 else str(mesh)
-    return f"{config.name}: {config.train.steps} steps on {ranks} of this host, in {run_dir}"
+    return f"{config.name}: {config.train.steps} steps on {ranks}, in {run_dir}"
 
 
 def say(console: Console, text: str) -> None:

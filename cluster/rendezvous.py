@@ -34,10 +34,10 @@ def listen(port: int) -> socket.socket:
 
 def serve(listener: socket.socket, report: Reporter, should_stop: StopRequested) -> int:
     """Serve a TCPStore on ``listener`` until asked to stop. Runs in a process of its own."""
-    from torch.distributed.distributed_c10d import TCPStore
+    import torch.distributed as dist
 
     host, port = listener.getsockname()
-    store = TCPStore(
+    store = dist.TCPStore(  # type: ignore[attr-defined]
         host,
         port,
         is_master=True,

@@ -89,6 +89,11 @@ def big_reports(spec: RankSpec, report: Reporter, should_stop: StopRequested) ->
     return 0
 
 
+def return_3(spec: RankSpec, report: Reporter, should_stop: StopRequested) -> int:
+    """End with a code that means nothing to the launcher."""
+    return 3
+
+
 def exit_3(spec: RankSpec, report: Reporter, should_stop: StopRequested) -> int:
     """End without a word."""
     os._exit(3)
@@ -103,7 +108,7 @@ def rank_1_raises(spec: RankSpec, report: Reporter, should_stop: StopRequested) 
     """Rank 1 has a bug; the others wait for it, as in a collective."""
     if spec.rank == 1:
         raise ValueError("boom\nand more about it")
-    return _block()
+    return _block(should_stop)
 
 
 def all_raise(spec: RankSpec, report: Reporter, should_stop: StopRequested) -> int:
@@ -128,7 +133,7 @@ def hang_at_stop(spec: RankSpec, report: Reporter, should_stop: StopRequested) -
     """Never stops, whoever asks."""
     if spec.rank == 0:
         report(_step(1, 100))
-    return _block()
+    return _block(should_stop)
 
 
 def noisy(spec: RankSpec, report: Reporter, should_stop: StopRequested) -> int:
@@ -152,9 +157,12 @@ def with_child(spec: RankSpec, report: Reporter, should_stop: StopRequested) -> 
     child = subprocess.Popen([sys.executable, "-c", f"import time; time.sleep({LONG_S})"])
     report({"kind": "child", "pid": child.pid})
     Path(spec.run_dir, f"child-{spec.rank}").write_text(str(child.pid))
-    return _block()
+    return _block(should_stop)
 
 
-def _block() -> int:
-    time.sleep(LONG_S)
+def _block(should_stop: StopRequested) -> int:
+    deadline_s = time.monotonic() + LONG_S
+    while time.monotonic() < deadline_s:
+        should_stop()  # a driver in memory ends its ranks here
+        time.sleep(0.01)
     return 0

@@ -1,0 +1,150 @@
+"""The controller with ranks in memory; its decisions are tested in test_lifecycle.py."""
+
+import io
+import json
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+from everstep.cluster.closing import Outcome
+from everstep.cluster.controller import Controller
+from everstep.cluster.driver import Broken, RankExit, Reported
+from everstep.cluster.lifecycle import Job, StopAsked
+from everstep.cluster.log_tail import LogTail
+from everstep.cluster.stop_signals import StopSignals
+from everstep.trainer.events import EventLog
+from everstep.trainer.progress import ProgressView
+from everstep.trainer.rank_spec import Report
+from tests.support.fake_driver import InMemoryDriver, specs_for
+
+CTRL_C = StopAsked("Ctrl-C", insistent=True)
+
+
+class ScriptedSignals(StopSignals):
+    """Asks to stop when a test says so."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.queue: list[StopAsked] = []
+
+    def take(self) -> list[StopAsked]:
+        taken, self.queue = self.queue[:1], self.queue[1:]
+        return taken
+
+
+@dataclass
+class Bench:
+    """A controller, and all that it talks to."""
+
+    folder: Path
+    worker: str
+    ranks: int = 2
+    grace_s: float = 20.0
+
+    def __post_init__(self) -> None:
+        self.driver = InMemoryDriver(f"tests.support.fake_workers:{self.worker}")
+        self.signals = ScriptedSignals()
+        self.output = io.StringIO()
+
+    def run(self) -> Outcome:
+        console = Console(file=self.output, width=100)
+        job = Job(world_size=self.ranks, grace_s=self.grace_s, start_by_s=time.monotonic() + 20)
+        logs = {rank: self.folder / f"{rank}.log" for rank in range(self.ranks)}
+        with (
+            EventLog(self.folder / "events.jsonl") as events,
+            ProgressView(console, "test") as view,
+        ):
+            controller = Controller(
+                self.driver,
+                job,
+                view=view,
+                events=events,
+                tail=LogTail(logs, self.ranks),
+                signals=self.signals,
+            )
+            return controller.run(specs_for)
+
+    def events(self) -> list[Report]:
+        lines = (self.folder / "events.jsonl").read_text().splitlines()
+        return [json.loads(line) for line in lines]
+
+
+def test_a_run_to_its_end(tmp_path: Path) -> None:
+    bench = Bench(tmp_path, "train")
+    outcome = bench.run()
+    assert outcome == Outcome(exit_code=0, step=20, saved_step=20)
+    assert bench.driver.calls == []
+    assert {event["rank"] for event in bench.events() if event["kind"] == "done"} == {0, 1}
+    reasons = [event["reason"] for event in bench.events() if event["kind"] == "state"]
+    assert reasons == ["all 2 ranks run", "all done"]
+
+
+def test_asked_to_stop(tmp_path: Path) -> None:
+    bench = Bench(tmp_path, "train_long")
+    asked = threading.Timer(0.3, lambda: bench.signals.queue.append(CTRL_C))
+    asked.start()
+    outcome = bench.run()
+    asked.join()
+    assert outcome.exit_code == 75
+    assert outcome.saved_step == outcome.step
+    assert bench.driver.calls == ["ask_stop"]
+    assert "Ctrl-C: finishing the step and saving, in at most 20 s" in bench.output.getvalue()
+
+
+def test_ranks_that_do_not_stop_in_time(tmp_path: Path) -> None:
+    bench = Bench(tmp_path, "hang_at_stop", grace_s=0.2)
+    asked = threading.Timer(0.3, lambda: bench.signals.queue.append(CTRL_C))
+    asked.start()
+    outcome = bench.run()
+    asked.join()
+    assert outcome.exit_code == 1
+    assert outcome.cause is None
+    assert outcome.failure is not None
+    assert "ranks 0-1 did not finish" in outcome.failure
+    assert bench.driver.calls == ["ask_stop", "dump_stacks", "kill"]
+
+
+def test_the_first_failure_ends_all_ranks(tmp_path: Path) -> None:
+    bench = Bench(tmp_path, "rank_1_raises", ranks=3)
+    outcome = bench.run()
+    assert outcome.exit_code == 1
+    assert outcome.cause is not None
+    assert (outcome.cause.rank, outcome.cause.alike, outcome.cause.others) == (1, (), ())
+    assert bench.driver.calls == ["kill"]
+
+
+def test_a_lost_peer_is_not_the_cause(tmp_path: Path) -> None:
+    bench = Bench(tmp_path, "rank_1_raises")
+    gloo = {"kind": "error", "type": "RuntimeError", "message": "gloo: Connection closed by peer"}
+    bench.driver.tell(Reported(0, {**gloo, "deliberate": False, "time": 0.0}))
+    outcome = bench.run()
+    assert outcome.cause is not None
+    assert outcome.cause.sentence == "rank 1 failed with ValueError: boom"
+
+
+def test_a_broken_driver_ends_the_run(tmp_path: Path) -> None:
+    bench = Bench(tmp_path, "hang_at_stop")
+    bench.driver.tell(Broken("the machine room is on fire"))
+    outcome = bench.run()
+    assert (outcome.exit_code, outcome.failure) == (1, "the machine room is on fire")
+    assert bench.driver.calls == ["kill"]
+
+
+def test_messages_that_others_repeat_are_shown_once(tmp_path: Path) -> None:
+    bench = Bench(tmp_path, "hang_at_stop", ranks=1)
+    for rank, text in [(0, "hello"), (0, "hello"), (1, "hello"), (1, "mine"), (2, "mine")]:
+        bench.driver.tell(Reported(rank, {"kind": "message", "text": text}))
+    bench.driver.tell(RankExit(rank=0, code=0, time_s=0))
+    bench.run()
+    assert bench.output.getvalue().splitlines()[:3] == ["hello", "hello", "[rank 1] mine"]
+
+
+@pytest.fixture(autouse=True)
+def no_rank_left() -> Iterator[None]:
+    yield
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith("rank ")]
