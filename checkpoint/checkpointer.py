@@ -1,43 +1,47 @@
 """The face of checkpointing: save and load a live torch state in a local directory."""
 
-import hashlib
-import json
+import contextlib
+import math
+import os
 import platform
 import time
+import warnings
 from collections.abc import Callable, Mapping
-from contextlib import ExitStack
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 from types import TracebackType
+from typing import Any
 
 import torch
 
-from everstep.checkpoint.collective import Collective, SingleProcess, agree, on_rank0
+from everstep.checkpoint.collective import Collective, SingleProcess, agree, describe, on_rank0
 from everstep.checkpoint.commit import CheckpointDirectory
 from everstep.checkpoint.errors import (
     CheckpointError,
     LoadFailedError,
     SaveFailedError,
     StateMismatchError,
+    StepExistsError,
 )
-from everstep.checkpoint.layout import Box, Fragment, TensorSpec
+from everstep.checkpoint.layout import Fragment
 from everstep.checkpoint.lineage import StepId
 from everstep.checkpoint.lock import DirectoryLock
 from everstep.checkpoint.manifest import Manifest, Part
-from everstep.checkpoint.pack import PackPlan, PackReader, plan_pack, write_pack
-from everstep.checkpoint.reshard import layout_differences, plan_load, plan_save
+from everstep.checkpoint.reshard import layout_differences
+from everstep.checkpoint.save_plan import SavePlan
+from everstep.checkpoint.torch_io import fill_tensors, write_tensors
+from everstep.checkpoint.torch_layout import LiveTensor, live_tensor
 from everstep.checkpoint.torch_rng import derive_rng, rng_states, set_rng_states
 from everstep.checkpoint.torch_state import (
-    LiveTensor,
     State,
-    live_tensor,
     load_objects,
     materialise_optimizer,
     objects_of,
-    strided_bytes,
     tensors_of,
 )
+
+RNG_PREFIX = "rng."
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,7 +65,7 @@ class Checkpointer:
         keep: how many of the newest checkpoints to keep; at least 1.
         collective: how ranks agree; None for a single process.
         mesh: size of each mesh axis; None: one axis over all ranks.
-        coordinate: this rank's index on each axis of ``mesh``.
+        coordinate: this rank's index on each axis of ``mesh``; no two ranks have the same.
         seed: from which random generators are derived when loading on another mesh.
         threads: copy threads of this rank.
         read_only: take no lock, refuse to save.
@@ -81,25 +85,30 @@ class Checkpointer:
         threads: int = 1,
         read_only: bool = False,
     ) -> None:
+        self._collective = collective or SingleProcess()
+        self._mesh = dict(mesh or {"rank": self._collective.world_size})
+        place = dict(coordinate or {"rank": self._collective.rank})
         if keep < 1:
             raise ValueError(f"keep={keep}: at least the newest checkpoint is kept")
-        self._collective = collective or SingleProcess()
+        if self._mesh.keys() != place.keys() or (
+            math.prod(self._mesh.values()) != self._collective.world_size
+        ):
+            raise ValueError(
+                f"mesh {self._mesh} and coordinate {place} do not name one place for each of "
+                f"{self._collective.world_size} ranks"
+            )
         self._directory = CheckpointDirectory(Path(directory))
         self._keep, self._seed, self._threads, self._read_only = keep, seed, threads, read_only
-        self._mesh = dict(mesh or {"rank": self._collective.world_size})
-        place = coordinate or {"rank": self._collective.rank}
         self._coordinate = ".".join(f"{axis}{index}" for axis, index in place.items())
-        self._attempt = hashlib.blake2b(
-            f"{time.time_ns()}/{platform.node()}/{id(self)}".encode(), digest_size=4
-        ).hexdigest()
+        self._attempt = os.urandom(4).hex()
         self.loaded: StepInfo | None = None
         """What the last load took; None before one."""
         self._lock: DirectoryLock | None = None
         self._claimed = False
         self._parent: StepId | None = None
         self._generation: int | None = None
-        self._plan_key: tuple[bytes, ...] = ()
-        self._plan: PackPlan | None = None
+        self._newest_step = -1
+        self._plan = SavePlan(self._collective)
 
     def save(
         self, step: int, state: State, *, on_bytes: Callable[[int], None] | None = None
@@ -107,7 +116,7 @@ class Checkpointer:
         """Save the state after a step; when it returns, the checkpoint is durable.
 
         Args:
-            step: number of the step that has just been finished, from 0.
+            step: number of the step that has just been finished, from 0; larger from save to save.
             state: what to save.
             on_bytes: called on each rank with the bytes written so far.
 
@@ -115,33 +124,38 @@ class Checkpointer:
             SaveFailedError: some rank could not write; nothing of the step is kept.
             StepExistsError: this step was saved already.
             DirectoryInUseError: another job writes to the directory.
+            CheckpointError: it would leave behind what is there already.
         """
         begun_s = time.monotonic()
-        if self._read_only:
-            raise CheckpointError(f"{self._directory.root} was opened read-only: open it to write")
+        self._check_step(step)
         self._claim()
-        live = self._capture(state)
-        context = self._context(state)
-        plan = self._plan_for([t.fragment for t in live.values()])
+        live: dict[Fragment, LiveTensor] = {}
+        context: dict[str, Any] = {}
+
+        def capture() -> str:
+            live.update(self._capture(state))
+            context.update(self._context(state))
+            return self._plan.digest(tuple(live))
+
+        captured = agree(self._collective, "captured", capture)
+        if captured.causes:
+            raise SaveFailedError(step, captured.causes) from captured.error
+        self._plan.update(captured.results)
         step_id = StepId(self._begin_generation(), step)
-        path = self._directory.step_path(step_id)
-        on_rank0(self._collective, "begin", lambda: str(self._directory.begin_step(step_id)))
         done = agree(
-            self._collective,
-            "written",
-            lambda: self._write(step_id, plan, live, context, on_bytes),
+            self._collective, "written", lambda: self._write(step_id, live, context, on_bytes)
         )
         if not done.causes:
             done = agree(self._collective, "committed", lambda: self._commit(step_id))
         if done.causes:
-            on_rank0(self._collective, "clean up", lambda: self._directory.delete(step_id))
+            self._discard(step_id)
             raise SaveFailedError(step, done.causes) from done.error
-        size_bytes = on_rank0(self._collective, "retire", lambda: self._retire(step_id))
+        self._newest_step = step
         return StepInfo(
             step=step,
             generation=step_id.generation,
-            path=str(path),
-            size_bytes=size_bytes,
+            path=str(self._directory.step_path(step_id)),
+            size_bytes=done.results[0],
             duration_s=time.monotonic() - begun_s,
         )
 
@@ -163,17 +177,18 @@ class Checkpointer:
         """
         begun_s = time.monotonic()
         self._claim()
-        found = on_rank0(self._collective, "find", lambda: self._directory.find(step))
+        found, steps = on_rank0(
+            self._collective, "find", lambda: (self._directory.find(step), self.steps())
+        )
         if found is None:
             return 0
         step_id = StepId(*found)
         done = agree(self._collective, "loaded", lambda: self._read(step_id, state))
         if done.causes:
-            others = [s.step for s in self._directory.lineage() if s != step_id]
+            others = [s for s in steps if s != step_id.step]
             raise LoadFailedError(step_id.step, done.causes, others) from done.error
-        assert done.result is not None
-        size_bytes, rng_restored = done.result
-        self._parent, self._generation = step_id, None
+        size_bytes, rng_restored = done.results[self._collective.rank]
+        self._parent, self._generation, self._newest_step = step_id, None, step_id.step
         self.loaded = StepInfo(
             step=step_id.step,
             generation=step_id.generation,
@@ -190,7 +205,7 @@ class Checkpointer:
 
     def latest(self) -> int | None:
         """The newest step that can be loaded."""
-        return (self.steps() or [None])[-1]
+        return max(self.steps(), default=None)
 
     def inspect(self, step: int | None = None) -> Manifest | None:
         """The manifest of a step (None: the newest), without reading any pack."""
@@ -204,14 +219,30 @@ class Checkpointer:
             self._lock = None
         self._claimed = False
 
+    def _check_step(self, step: int) -> None:
+        if self._read_only:
+            raise CheckpointError(f"{self._directory.root} was opened read-only: open it to write")
+        if step == self._newest_step and self._generation is not None:
+            raise StepExistsError(str(self._directory.step_path(StepId(self._generation, step))))
+        if step < self._newest_step or step < 0:
+            raise CheckpointError(
+                f"step {step} cannot be saved after step {self._newest_step}: steps ascend from 0; "
+                "load() an earlier step to continue from there"
+            )
+
     def _claim(self) -> None:
         """Lock the directory and clear away what earlier attempts left half-written."""
         if self._claimed or self._read_only:
             return
 
         def lock() -> None:
-            self._lock = DirectoryLock(self._directory.root)
-            self._directory.collect_garbage()
+            lock = DirectoryLock(self._directory.root)
+            try:
+                self._directory.collect_garbage()
+            except BaseException:
+                lock.release()
+                raise
+            self._lock = lock
 
         on_rank0(self._collective, "claim", lock)
         self._claimed = True
@@ -231,13 +262,19 @@ class Checkpointer:
         return self._directory.create_generation(self._parent, self._mesh).number
 
     def _capture(self, state: State) -> dict[Fragment, LiveTensor]:
-        live = {t.fragment: t for t in tensors_of(state).values() if t.local.numel()}
-        for name, value in rng_states().items():
-            tensor = live_tensor(f"rng.{self._coordinate}.{name}", value)
-            live[tensor.fragment] = tensor
-        return live
+        """What this rank holds; an empty shard of a tensor is nothing, an empty tensor is."""
+        found = [*tensors_of(state).values(), *self._live_rng().values()]
+        return {
+            t.fragment: t for t in found if t.fragment.box.size or not t.fragment.spec.size_bytes
+        }
 
-    def _context(self, state: State) -> dict[str, object]:
+    def _live_rng(self) -> dict[str, LiveTensor]:
+        return {
+            name: live_tensor(f"{RNG_PREFIX}{self._coordinate}.{name}", value)
+            for name, value in rng_states().items()
+        }
+
+    def _context(self, state: State) -> dict[str, Any]:
         if self._collective.rank != 0:
             return {}
         producer = {
@@ -247,44 +284,17 @@ class Checkpointer:
         }
         return {"mesh": self._mesh, "producer": producer, "objects": objects_of(state)}
 
-    def _plan_for(self, fragments: list[Fragment]) -> PackPlan:
-        """The pack that this rank writes; planned anew only when some rank's layout changed."""
-        layout = json.dumps(
-            [
-                [f.spec.name, f.spec.dtype, f.spec.shape, f.box.offset, f.box.shape]
-                for f in fragments
-            ]
-        ).encode()
-        key = tuple(self._collective.exchange("layout", hashlib.blake2b(layout).digest()))
-        if self._plan is None or key != self._plan_key:
-            layouts = [
-                [
-                    Fragment(TensorSpec(n, d, tuple(s)), Box(tuple(o), tuple(b)))
-                    for n, d, s, o, b in json.loads(reply)
-                ]
-                for reply in self._collective.exchange("layouts", layout)
-            ]
-            rank = self._collective.rank
-            self._plan, self._plan_key = plan_pack(rank, plan_save(layouts)[rank]), key
-        return self._plan
-
     def _write(
         self,
         step_id: StepId,
-        plan: PackPlan,
         live: Mapping[Fragment, LiveTensor],
-        context: dict[str, object],
+        context: dict[str, Any],
         on_bytes: Callable[[int], None] | None,
     ) -> None:
+        plan = self._plan.pack()
+        path = self._directory.begin_step(step_id)
         name = f"rank-{plan.rank:05d}-{self._attempt}.safetensors"
-        sources = {f: strided_bytes(live[f].local.cpu()) for f in plan.fragments}
-        record = write_pack(
-            self._directory.step_path(step_id) / name,
-            plan,
-            sources,
-            threads=self._threads,
-            on_bytes=on_bytes,
-        )
+        record = write_tensors(path / name, plan, live, threads=self._threads, on_bytes=on_bytes)
         self._directory.put_part(
             Part(
                 generation=step_id.generation,
@@ -297,13 +307,27 @@ class Checkpointer:
             )
         )
 
-    def _commit(self, step_id: StepId) -> None:
-        if self._collective.rank == 0:
-            self._directory.commit(step_id, self._collective.world_size)
+    def _commit(self, step_id: StepId) -> int | None:
+        """Make the step exist, then delete what is no longer kept; on rank 0, the others wait."""
+        if self._collective.rank != 0:
+            return None
+        manifest = self._directory.commit(step_id, self._collective.world_size)
+        try:
+            self._directory.retire(self._keep, step_id.generation)
+        except (OSError, CheckpointError) as e:
+            warnings.warn(
+                f"step {step_id.step} is saved, but older checkpoints could not be deleted: "
+                f"{describe(e)}",
+                RuntimeWarning,
+                stacklevel=4,
+            )
+        return manifest.size_bytes
 
-    def _retire(self, step_id: StepId) -> int:
-        self._directory.retire(self._keep, step_id.generation)
-        return self._directory.manifest(step_id).size_bytes
+    def _discard(self, step_id: StepId) -> None:
+        """Delete a failed save; what cannot be deleted now, the next attempt clears away."""
+        if self._collective.rank == 0:
+            with contextlib.suppress(OSError):
+                self._directory.delete(step_id)
 
     def _read(self, step_id: StepId, state: State) -> tuple[int, bool]:
         path = self._directory.step_path(step_id)
@@ -313,50 +337,22 @@ class Checkpointer:
         wanted = tensors_of(state)
         differences = layout_differences(
             {n: (t.fragment.spec.dtype, t.fragment.spec.shape) for n, t in wanted.items()},
-            {n: (s.dtype, s.shape) for n, s in specs.items() if not n.startswith("rng.")},
+            {n: (s.dtype, s.shape) for n, s in specs.items() if not n.startswith(RNG_PREFIX)},
         )
         if differences:
             raise StateMismatchError(str(path), differences)
-        rng = {
-            name: live_tensor(f"rng.{self._coordinate}.{name}", value)
-            for name, value in rng_states().items()
-            if dict(manifest.mesh) == self._mesh and f"rng.{self._coordinate}.{name}" in specs
-        }
-        self._fill([*wanted.values(), *rng.values()], manifest, path)
         load_objects(state, manifest.objects, str(path))
-        if rng:
+        rng = self._live_rng()
+        rng_restored = dict(manifest.mesh) == self._mesh and all(
+            t.fragment.spec == specs.get(t.fragment.spec.name) for t in rng.values()
+        )
+        tensors = [*wanted.values(), *(rng.values() if rng_restored else ())]
+        fill_tensors(tensors, manifest, path, threads=self._threads)
+        if rng_restored:
             set_rng_states({name: t.local for name, t in rng.items()})
         else:
             derive_rng(self._seed, step_id.step, self._coordinate)
-        return manifest.size_bytes, bool(rng)
-
-    def _fill(self, tensors: list[LiveTensor], manifest: Manifest, path: Path) -> None:
-        """Copy every tensor's box out of the packs, pack by pack."""
-        indexes = manifest.pack_indexes
-        jobs: dict[int, list[tuple[LiveTensor, Box, Box]]] = {}
-        for tensor in tensors:
-            stored = manifest.tensors[tensor.fragment.spec.name]
-            for copy in plan_load(stored.grid, stored.packs, tensor.fragment.box):
-                jobs.setdefault(copy.pack, []).append((tensor, copy.cell, copy.box))
-        hosts = {id(t): t.local if t.local.device.type == "cpu" else t.local.cpu() for t in tensors}
-        with ExitStack() as files, torch.no_grad():
-            for pack, copies in sorted(jobs.items()):
-                record = manifest.packs[pack]
-                reader = files.enter_context(
-                    PackReader(path / record.file, record, threads=self._threads)
-                )
-                for tensor, cell, box in copies:
-                    start, fragment = indexes[pack].starts[tensor.fragment.spec.name, cell.offset]
-                    target = strided_bytes(hosts[id(tensor)])
-                    inside = box.relative_to(tensor.fragment.box)
-                    offset = target.offset_bytes + sum(
-                        i * s for i, s in zip(inside, target.strides_bytes, strict=True)
-                    )
-                    reader.read_box(fragment, start, box, target, offset)
-            for tensor in tensors:
-                host = hosts[id(tensor)]
-                if host is not tensor.local:
-                    tensor.local.copy_(host)
+        return manifest.size_bytes, rng_restored
 
     def __enter__(self) -> "Checkpointer":
         return self

@@ -19,8 +19,8 @@ import time
 from collections.abc import Mapping
 from pathlib import Path
 
-from everstep.checkpoint.direct_io import publish, sync_directory, write_durable
-from everstep.checkpoint.errors import StepExistsError, StepNotFoundError
+from everstep.checkpoint.direct_io import make_directory, publish, sync_directory, write_durable
+from everstep.checkpoint.errors import ManifestError, StepNotFoundError
 from everstep.checkpoint.lineage import (
     Generation,
     StepId,
@@ -61,7 +61,9 @@ class CheckpointDirectory:
         for path in sorted(self._list(self.root / "generations")):
             if match := _GENERATION_NAME.fullmatch(path.name):
                 generation = decode_generation(read_bytes(path), path)
-                found[int(match[1])] = generation
+                if generation.number != int(match[1]):
+                    raise ManifestError(path, f"it says that it is number {generation.number}")
+                found[generation.number] = generation
         return found
 
     def create_generation(
@@ -69,25 +71,24 @@ class CheckpointDirectory:
     ) -> Generation:
         """Begin a new generation that continues from ``parent`` (None: from nothing)."""
         folder = self.root / "generations"
-        folder.mkdir(parents=True, exist_ok=True)
+        make_directory(folder)
         while True:
-            number = 1 + max(
-                (int(m[1]) for p in folder.iterdir() if (m := _GENERATION_NAME.fullmatch(p.name))),
-                default=0,
-            )
+            names = (_GENERATION_NAME.fullmatch(p.name) for p in folder.iterdir())
             generation = Generation(
-                number=number,
+                number=1 + max((int(match[1]) for match in names if match), default=0),
                 parent=parent.generation if parent else None,
                 fork_step=parent.step if parent else None,
                 created_s=time.time() if now_s is None else now_s,
                 mesh=dict(mesh),
             )
-            path = folder / f"{number:05d}.json"
             try:
-                publish(path, encode_generation(generation), path.with_suffix(".tmp"))
+                publish(
+                    self._generation_path(generation.number),
+                    encode_generation(generation),
+                    folder / "new.tmp",
+                )
             except FileExistsError:
                 continue
-            sync_directory(self.root)
             return generation
 
     def committed(self) -> list[StepId]:
@@ -95,8 +96,17 @@ class CheckpointDirectory:
         return sorted(s for s in self._step_dirs() if (self.step_path(s) / _MANIFEST).exists())
 
     def lineage(self) -> list[StepId]:
-        """The checkpoints that the newest generation may resume from, ascending by step."""
-        return in_lineage(self.generations(), self.committed())
+        """The checkpoints that the newest generation may resume from, ascending by step.
+
+        Raises:
+            ManifestError: the record of a generation is damaged or missing.
+        """
+        generations, committed = self.generations(), self.committed()
+        for step_id in committed:
+            if step_id.generation not in generations:
+                path = self._generation_path(step_id.generation)
+                raise ManifestError(path, f"the file is missing, step {step_id.step} needs it")
+        return in_lineage(generations, committed)
 
     def find(self, step: int | None) -> StepId | None:
         """The checkpoint of a step in the lineage; None asks for the newest, if there is one.
@@ -115,20 +125,16 @@ class CheckpointDirectory:
     def manifest(self, step_id: StepId) -> Manifest:
         """Read a committed manifest; raises ManifestError and its kinds."""
         path = self.step_path(step_id) / _MANIFEST
-        return decode_manifest(read_bytes(path), path)
+        manifest = decode_manifest(read_bytes(path), path)
+        found = StepId(manifest.generation, manifest.step)
+        if found != step_id:
+            raise ManifestError(path, f"it belongs to another directory: it is {found}")
+        return manifest
 
     def begin_step(self, step_id: StepId) -> Path:
-        """Make the directory of a new step.
-
-        Raises:
-            StepExistsError: the generation has begun or committed this step already.
-        """
+        """Make the directory of a step that is to be saved; every writer calls it."""
         path = self.step_path(step_id)
-        try:
-            path.mkdir(parents=True)
-        except FileExistsError:
-            raise StepExistsError(str(path)) from None
-        (path / "parts").mkdir()
+        (path / "parts").mkdir(parents=True, exist_ok=True)
         return path
 
     def put_part(self, part: Part) -> None:
@@ -140,7 +146,8 @@ class CheckpointDirectory:
         """Publish the manifest of a step whose parts are all there.
 
         Raises:
-            ManifestError: a part is missing or damaged, or the parts do not make a whole state.
+            ManifestError: a part is missing or damaged.
+            LayoutError: the parts do not hold each tensor exactly once.
         """
         path = self.step_path(step_id)
         files = [path / "parts" / f"{rank:05d}.json" for rank in range(world_size)]
@@ -180,8 +187,16 @@ class CheckpointDirectory:
         return gone
 
     def _step_dirs(self) -> list[StepId]:
-        matches = (_STEP_NAME.fullmatch(path.name) for path in self._list(self.root))
-        return [StepId(int(m[2]), int(m[1])) for m in matches if m]
+        found = []
+        for path in self._list(self.root):
+            if match := _STEP_NAME.fullmatch(path.name):
+                step_id = StepId(int(match[2]), int(match[1]))
+                if self.step_path(step_id) == path:  # not so with surplus leading zeros
+                    found.append(step_id)
+        return found
+
+    def _generation_path(self, number: int) -> Path:
+        return self.root / "generations" / f"{number:05d}.json"
 
     @staticmethod
     def _list(path: Path) -> list[Path]:

@@ -1,5 +1,6 @@
 """Compact JSON forms of grids and of the pack of each cell, so that manifests stay small (pure)."""
 
+import reprlib
 from collections.abc import Sequence
 from itertools import pairwise
 
@@ -17,26 +18,30 @@ def encode_bounds(bounds: Sequence[Sequence[int]]) -> GridJson:
     return out
 
 
-def decode_bounds(coded: object, shape: Sequence[int]) -> tuple[tuple[int, ...], ...]:
-    """Inverse of ``encode_bounds``.
+def decode_bounds(
+    coded: object, shape: Sequence[int], max_cells: int
+) -> tuple[tuple[int, ...], ...]:
+    """Inverse of ``encode_bounds``; takes no more memory than ``max_cells`` cells need.
 
     Raises:
-        ValueError: not a grid over this shape.
+        ValueError: not a grid over this shape, or one of more cells.
     """
     if not isinstance(coded, list) or len(coded) != len(shape):
         raise ValueError("the grid does not have one entry per dim")
     out = []
     for entry, n in zip(coded, shape, strict=True):
-        if isinstance(entry, int) and not isinstance(entry, bool):
-            if entry < 1 or n // entry > 2**24:
-                raise ValueError(f"chunk size {entry} of extent {n}")
-            bounds = (*range(0, n, entry), n) if n else (0,)
+        if type(entry) is int and entry >= 1:
+            count = -(-n // entry)
         elif isinstance(entry, list) and all(type(b) is int for b in entry):
-            bounds = (0, *entry, n)
-            if any(lo >= hi for lo, hi in pairwise(bounds)):
-                raise ValueError(f"boundaries {entry[:8]} do not ascend within extent {n}")
+            count = len(entry) + 1
         else:
-            raise ValueError(f"grid entry {entry!r}")
+            raise ValueError(f"grid entry {reprlib.repr(entry)}")
+        if count > max_cells:
+            raise ValueError(f"{count} chunks along one dim, expected at most {max_cells}")
+        max_cells //= max(1, count)
+        bounds = (0, *entry, n) if isinstance(entry, list) else (*range(0, n, entry), n)
+        if any(lo >= hi for lo, hi in pairwise(bounds)):
+            raise ValueError(f"boundaries {reprlib.repr(entry)} do not ascend within extent {n}")
         out.append(bounds)
     return tuple(out)
 
@@ -64,14 +69,14 @@ def decode_runs(coded: object, count: int, limit: int) -> list[int]:
         ValueError: not such a sequence.
     """
     if not isinstance(coded, list):
-        raise ValueError("runs are not a list")
+        raise ValueError("the runs are not a list")
     values: list[int] = []
     for run in coded:
         if not (isinstance(run, list) and len(run) == 3 and all(type(x) is int for x in run)):
-            raise ValueError(f"run {run!r}")
+            raise ValueError(f"run {reprlib.repr(run)}")
         first, n, step = run
         if n < 1 or len(values) + n > count:
-            raise ValueError(f"run {run!r} makes more than {count} values")
+            raise ValueError(f"run {reprlib.repr(run)} makes more than {count} values")
         values.extend(first + i * step for i in range(n))
     if len(values) != count:
         raise ValueError(f"{len(values)} values, expected {count}")

@@ -11,7 +11,7 @@ from bisect import bisect_right
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import product
+from itertools import pairwise, product
 
 from everstep.checkpoint.errors import LayoutError
 
@@ -68,6 +68,11 @@ class TensorSpec:
         """The box of the whole tensor."""
         return Box((0,) * len(self.shape), self.shape)
 
+    @property
+    def size_bytes(self) -> int:
+        """Bytes of the whole tensor."""
+        return self.whole.size * self.item_bytes
+
 
 @dataclass(frozen=True, order=True)
 class Fragment:
@@ -119,6 +124,11 @@ class Grid:
         """All cells in C order."""
         return (self.cell(index) for index in product(*map(range, self.cells_per_dim)))
 
+    def cell_sizes(self) -> Iterator[int]:
+        """Number of items of each cell, in C order."""
+        widths = [[hi - lo for lo, hi in pairwise(b)] for b in self.bounds]
+        return map(math.prod, product(*widths))
+
     def overlapping(self, box: Box) -> Iterator[tuple[int, Box]]:
         """(index in C order, cell) of every cell that shares items with a box of size > 0."""
         ranges = [
@@ -136,18 +146,20 @@ class Grid:
 
 
 def grid_of(spec: TensorSpec, boxes: Iterable[Box]) -> Grid:
-    """The grid that distinct, non-empty boxes form.
+    """The grid that boxes form; empty ones do not count (an empty tensor has no others).
 
     Raises:
         LayoutError: the boxes leave a hole, overlap, or do not line up as a grid.
     """
-    found = set(boxes)
+    found = {box for box in boxes if box.size}
+    if not spec.size_bytes:
+        return Grid(tuple((0, n) if n else (0,) for n in spec.shape))
     starts: list[set[int]] = [set() for _ in spec.shape]
     for box in found:
         for dim, offset in enumerate(box.offset):
             starts[dim].add(offset)
-    bounds = tuple((*sorted(s), n) if n else (0,) for s, n in zip(starts, spec.shape, strict=True))
-    grid = Grid(bounds)
+    grid = Grid(tuple((*sorted(s), n) for s, n in zip(starts, spec.shape, strict=True)))
+    bounds = grid.bounds
     if any(b[0] != 0 for b in bounds) or grid.n_cells != len(found) or set(grid.cells()) != found:
         raise LayoutError(
             f"tensor {spec.name!r} of shape {spec.shape} is held as boxes that do not form a grid "

@@ -5,8 +5,9 @@ step that it continued from (the fork): of the parent it inherits the steps up t
 """
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
-from typing import Any, NamedTuple
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import NamedTuple
 
 from everstep.checkpoint.errors import ManifestError
 from everstep.checkpoint.records import decode_record, encode_record
@@ -49,22 +50,26 @@ def encode_generation(generation: Generation) -> bytes:
     )
 
 
-def decode_generation(data: bytes, path: object) -> Generation:
+def decode_generation(data: bytes, path: Path | str) -> Generation:
     """Inverse of ``encode_generation``; raises ManifestError and its kinds."""
-    m = decode_record(data, "everstep_generation", GENERATION_VERSION, str(path))
+    m = decode_record(data, "everstep_generation", GENERATION_VERSION, path)
     number, parent, fork = m.get("number"), m.get("parent"), m.get("fork_step")
+    created_s, mesh = m.get("created_s"), m.get("mesh")
     good = (
-        type(number) is int
+        _natural(number)
         and (parent is None) == (fork is None)
-        and (parent is None or (type(parent) is int and 0 < parent < number))
-        and (fork is None or type(fork) is int)
-        and isinstance(m.get("created_s"), float | int)
-        and isinstance(m.get("mesh"), dict)
+        and (parent is None or (_natural(parent) and parent < number and _natural(fork)))
+        and type(created_s) is float
+        and isinstance(mesh, dict)
+        and all(map(_natural, mesh.values()))
     )
     if not good:
-        raise ManifestError(str(path), "its content is not a generation")
-    values: dict[str, Any] = {k: m[k] for k in ("number", "parent", "fork_step", "mesh")}
-    return Generation(created_s=float(m["created_s"]), **values)
+        raise ManifestError(path, "its content is not a generation")
+    return Generation(**{f.name: m[f.name] for f in fields(Generation)})
+
+
+def _natural(value: object) -> bool:
+    return type(value) is int and value >= 0
 
 
 def in_lineage(

@@ -5,17 +5,22 @@ import json
 import os
 import socket
 import time
+import weakref
 from pathlib import Path
 from types import TracebackType
 
+from everstep.checkpoint.direct_io import make_directory
 from everstep.checkpoint.errors import DirectoryInUseError
+
+_HELD: "weakref.WeakSet[DirectoryLock]" = weakref.WeakSet()
 
 
 class DirectoryLock:
     """Holds ``directory/name`` locked (flock); a context manager.
 
     The file says who holds it, for the error message of the next one; it stays when the lock is
-    released, since deleting a lock file is a race.
+    released, since deleting a lock file is a race. A forked child lets go at once: it would keep
+    the directory locked when its parent has died.
 
     Raises:
         DirectoryInUseError: another process (or another lock of this one) holds it.
@@ -23,7 +28,7 @@ class DirectoryLock:
 
     def __init__(self, directory: Path, name: str = "lock") -> None:
         self._directory = directory
-        directory.mkdir(parents=True, exist_ok=True)
+        make_directory(directory)
         self._fd = os.open(directory / name, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
         try:
             fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -37,10 +42,12 @@ class DirectoryLock:
         mine = {"pid": os.getpid(), "host": socket.gethostname(), "since_s": time.time()}
         os.ftruncate(self._fd, 0)
         os.pwrite(self._fd, json.dumps(mine).encode(), 0)
+        _HELD.add(self)
 
     def release(self) -> None:
         """Let the next one in; may be called twice."""
         if self._fd >= 0:
+            _HELD.discard(self)
             os.close(self._fd)
             self._fd = -1
 
@@ -54,6 +61,14 @@ class DirectoryLock:
         trace: TracebackType | None,
     ) -> None:
         self.release()
+
+
+def _let_go_in_child() -> None:
+    for lock in list(_HELD):
+        lock.release()
+
+
+os.register_at_fork(after_in_child=_let_go_in_child)
 
 
 def _describe(content: bytes) -> str:

@@ -4,10 +4,10 @@ The manifest is a deterministic function of the parts: whoever sees all parts ca
 presence in the step's directory is the commit.
 """
 
-import json
 import re
+import reprlib
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from functools import cached_property
 from pathlib import Path
@@ -21,13 +21,14 @@ from everstep.checkpoint.grid_codec import (
     encode_runs,
 )
 from everstep.checkpoint.layout import ITEM_BYTES, Box, Fragment, Grid, TensorSpec, grid_of
-from everstep.checkpoint.pack import BLOCK_BYTES, PackIndex, PackRecord
+from everstep.checkpoint.pack import BLOCK_BYTES, DATA_ALIGN_BYTES, PackIndex, PackRecord
 from everstep.checkpoint.records import decode_record, encode_record
 
 MANIFEST_VERSION = 1
 PART_VERSION = 1
-MAX_CELLS = 2**24
-MAX_EXTENT = 2**60
+MAX_CELLS = 2**22
+"""Of all tensors of a manifest together; a tensor has at most as many as there are packs."""
+MAX_NATURAL = 2**60
 _FILE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,199}")
 
 
@@ -106,9 +107,10 @@ def build_manifest(parts: Sequence[Part]) -> Manifest:
         if spec.name in tensors:
             raise LayoutError(f"ranks disagree about the shape or dtype of {spec.name!r}")
         grid = grid_of(spec, cells[spec])
-        tensors[spec.name] = StoredTensor(
-            spec, grid, tuple(cells[spec][box] for box in grid.cells())
-        )
+        packs = tuple(cells[spec][box] for box in grid.cells())
+        tensors[spec.name] = StoredTensor(spec, grid, packs)
+    if sum(t.grid.n_cells for t in tensors.values()) > MAX_CELLS:
+        raise LayoutError(f"the state is cut into more than {MAX_CELLS} fragments")
     context = ordered[0].context
     return Manifest(
         generation=ordered[0].generation,
@@ -119,6 +121,25 @@ def build_manifest(parts: Sequence[Part]) -> Manifest:
         packs=tuple(p.pack for p in ordered),
         tensors=tensors,
     )
+
+
+def fragments_to_json(fragments: Iterable[Fragment]) -> list[Any]:
+    """For each fragment [name, dtype, global shape, offset, shape]."""
+    return [[f.spec.name, f.spec.dtype, f.spec.shape, f.box.offset, f.box.shape] for f in fragments]
+
+
+def fragments_from_json(rows: Any) -> tuple[Fragment, ...]:
+    """Inverse of ``fragments_to_json``; raises TypeError or ValueError."""
+    found = []
+    for name, dtype, shape, offset, box_shape in rows:
+        spec = TensorSpec(_text(name), _dtype(dtype), _extents(shape))
+        box = Box(_extents(offset), _extents(box_shape))
+        if not len(spec.shape) == len(box.offset) == len(box.shape):
+            raise ValueError(f"a box of {name!r} has other dims than the tensor")
+        if any(o + n > e for o, n, e in zip(box.offset, box.shape, spec.shape, strict=True)):
+            raise ValueError(f"a box of {name!r} leaves the tensor")
+        found.append(Fragment(spec, box))
+    return tuple(found)
 
 
 def encode_part(part: Part) -> bytes:
@@ -132,10 +153,7 @@ def encode_part(part: Part) -> bytes:
             "rank": part.rank,
             "world_size": part.world_size,
             "pack": asdict(part.pack),
-            "fragments": [
-                [f.spec.name, f.spec.dtype, f.spec.shape, f.box.offset, f.box.shape]
-                for f in part.fragments
-            ],
+            "fragments": fragments_to_json(part.fragments),
             "context": dict(part.context),
         },
     )
@@ -145,23 +163,19 @@ def decode_part(data: bytes, path: Path | str) -> Part:
     """Inverse of ``encode_part``; raises ManifestError and its kinds."""
     m = decode_record(data, "everstep_part", PART_VERSION, path)
     try:
-        return Part(
+        part = Part(
             generation=_natural(m["generation"]),
             step=_natural(m["step"]),
             rank=_natural(m["rank"]),
             world_size=_natural(m["world_size"]),
             pack=_decode_pack(m["pack"]),
-            fragments=tuple(
-                Fragment(
-                    TensorSpec(_text(name), _dtype(dtype), _extents(shape)),
-                    Box(_extents(offset), _extents(box_shape)),
-                )
-                for name, dtype, shape, offset, box_shape in m["fragments"]
-            ),
+            fragments=fragments_from_json(m["fragments"]),
             context=_mapping(m["context"]),
         )
+        _check_part(part)
     except (KeyError, TypeError, ValueError) as e:
         raise ManifestError(path, f"its content is not a part: {e}") from None
+    return part
 
 
 def encode_manifest(manifest: Manifest) -> bytes:
@@ -206,10 +220,7 @@ def decode_manifest(data: bytes, path: Path | str) -> Manifest:
             producer={_text(k): _text(v) for k, v in _mapping(m["producer"]).items()},
             objects=_mapping(m["objects"]),
             packs=packs,
-            tensors={
-                name: _decode_tensor(name, t, len(packs))
-                for name, t in _mapping(m["tensors"]).items()
-            },
+            tensors=_decode_tensors(_mapping(m["tensors"]), len(packs)),
         )
     except (KeyError, TypeError, ValueError) as e:
         raise ManifestError(path, f"its content is not a manifest: {e}") from None
@@ -217,18 +228,37 @@ def decode_manifest(data: bytes, path: Path | str) -> Manifest:
     return manifest
 
 
+def _check_part(part: Part) -> None:
+    if part.rank >= part.world_size:
+        raise ValueError(f"rank {part.rank} of {part.world_size}")
+    held = sum(f.size_bytes for f in part.fragments)
+    if held != part.pack.data_bytes:
+        raise ValueError(f"its fragments have {held} bytes, its pack {part.pack.data_bytes}")
+
+
+def _decode_tensors(coded: Mapping[str, Any], n_packs: int) -> dict[str, StoredTensor]:
+    tensors, n_cells = {}, 0
+    for name, t in coded.items():
+        tensors[name] = _decode_tensor(name, t, n_packs)
+        n_cells += tensors[name].grid.n_cells
+        if n_cells > MAX_CELLS:
+            raise ValueError(f"its tensors have more than {MAX_CELLS} cells")
+    return tensors
+
+
 def _decode_tensor(name: str, t: Any, n_packs: int) -> StoredTensor:
     spec = TensorSpec(_text(name), _dtype(t["dtype"]), _extents(t["shape"]))
-    grid = Grid(decode_bounds(t["grid"], spec.shape))
-    if grid.n_cells > MAX_CELLS:
-        raise ValueError(f"tensor {name!r} has {grid.n_cells} cells")
+    grid = Grid(decode_bounds(t["grid"], spec.shape, n_packs))
     return StoredTensor(spec, grid, tuple(decode_runs(t["packs"], grid.n_cells, n_packs)))
 
 
 def _check_sizes(manifest: Manifest, path: Path | str) -> None:
     """Every pack is exactly as large as the fragments that it is said to hold."""
-    for record, index in zip(manifest.packs, manifest.pack_indexes, strict=True):
-        held = sum(f.size_bytes for f in index.fragments)
+    held_bytes = [0] * len(manifest.packs)
+    for tensor in manifest.tensors.values():
+        for pack, size in zip(tensor.packs, tensor.grid.cell_sizes(), strict=True):
+            held_bytes[pack] += size * tensor.spec.item_bytes
+    for record, held in zip(manifest.packs, held_bytes, strict=True):
         blocks = -(-held // BLOCK_BYTES)
         if held != record.data_bytes or record.size_bytes != record.data_start + held + 4 * blocks:
             raise CoverageError(
@@ -238,40 +268,43 @@ def _check_sizes(manifest: Manifest, path: Path | str) -> None:
 
 def _decode_pack(p: Any, kind: str | None = None) -> PackRecord:
     if kind is not None and p["kind"] != kind:
-        raise ValueError(f"pack kind {p['kind']!r} is not known to this version")
+        raise ValueError(f"pack kind {reprlib.repr(p['kind'])} is not known to this version")
     values = {f.name: p[f.name] for f in fields(PackRecord)}
     if not _FILE_NAME.fullmatch(_text(values["file"])):
-        raise ValueError(f"file name {values['file']!r}")
+        raise ValueError(f"file name {reprlib.repr(values['file'])}")
     for name in values.keys() - {"file"}:
         _natural(values[name])
+    if values["data_start"] < 1 or values["data_start"] % DATA_ALIGN_BYTES:
+        raise ValueError(f"its data starts at {values['data_start']}")
     return PackRecord(**values)
 
 
 def _natural(value: Any) -> int:
-    if type(value) is not int or not 0 <= value < MAX_EXTENT:
-        raise ValueError(f"{value!r} is not a natural number")
+    if type(value) is not int or not 0 <= value < MAX_NATURAL:
+        raise ValueError(f"{reprlib.repr(value)} is not a natural number")
     return value
 
 
 def _extents(value: Any) -> tuple[int, ...]:
     if not isinstance(value, list) or len(value) > 32:
-        raise ValueError(f"{value!r} is not a shape")
+        raise ValueError(f"{reprlib.repr(value)} is not a shape")
     return tuple(map(_natural, value))
 
 
 def _text(value: Any) -> str:
     if not isinstance(value, str):
-        raise ValueError(f"{value!r} is not text")
+        raise ValueError(f"{reprlib.repr(value)} is not text")
+    value.encode()  # a lone surrogate is no text either
     return value
 
 
 def _dtype(value: Any) -> str:
     if value not in ITEM_BYTES:
-        raise ValueError(f"dtype {value!r} is not one of {', '.join(ITEM_BYTES)}")
+        raise ValueError(f"dtype {reprlib.repr(value)} is not one of {', '.join(ITEM_BYTES)}")
     return str(value)
 
 
 def _mapping(value: Any) -> dict[str, Any]:
     if not isinstance(value, dict):
-        raise ValueError(f"{json.dumps(value)[:40]} is not a mapping")
+        raise ValueError(f"{reprlib.repr(value)} is not a mapping")
     return value

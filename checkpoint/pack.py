@@ -13,17 +13,22 @@ checksums computed while streaming can still be written. The header depends on t
 import json
 import mmap
 import os
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from types import TracebackType
 
 import numpy as np
-from everstep.checkpoint.kernels import copy_box, crc32c, crc32c_blocks, gather_box_crc
 
 from everstep.checkpoint.direct_io import ByteArray, StreamWriter
-from everstep.checkpoint.errors import BlockChecksumError, PackHeaderError, PackTruncatedError
+from everstep.checkpoint.errors import (
+    BlockChecksumError,
+    LayoutError,
+    PackHeaderError,
+    PackTruncatedError,
+)
+from everstep.checkpoint.kernels import copy_box, crc32c, crc32c_blocks, gather_box_crc
 from everstep.checkpoint.layout import Box, Fragment
 
 PACK_VERSION = "1"
@@ -93,7 +98,11 @@ def pack_starts(ordered: Sequence[Fragment]) -> tuple[tuple[int, ...], int]:
 
 
 def plan_pack(rank: int, fragments: Iterable[Fragment]) -> PackPlan:
-    """Plan a pack; the result can be cached for as long as the layout stays."""
+    """Plan a pack; the result can be cached for as long as the layout stays.
+
+    Raises:
+        LayoutError: two fragments would have the same name in the file.
+    """
     ordered = tuple(pack_order(fragments))
     starts, data_bytes = pack_starts(ordered)
     entries: dict[str, object] = {
@@ -112,6 +121,8 @@ def plan_pack(rank: int, fragments: Iterable[Fragment]) -> PackPlan:
             "shape": fragment.box.shape,
             "data_offsets": [start, start + fragment.size_bytes],
         }
+    if len(entries) != 1 + len(ordered):
+        raise LayoutError(f"two fragments of the pack of rank {rank} have the same name")
     table_bytes = 4 * -(-data_bytes // BLOCK_BYTES)
     entries[TABLE_NAME] = {
         "dtype": "U8",
@@ -127,7 +138,7 @@ def plan_pack(rank: int, fragments: Iterable[Fragment]) -> PackPlan:
 def write_pack(
     path: Path,
     plan: PackPlan,
-    sources: Mapping[Fragment, StridedBytes],
+    source_of: Callable[[Fragment], StridedBytes],
     *,
     threads: int = 1,
     on_bytes: Callable[[int], None] | None = None,
@@ -137,7 +148,8 @@ def write_pack(
     Args:
         path: the file to create.
         plan: its plan.
-        sources: where the bytes of each fragment of the plan are.
+        source_of: where the bytes of a fragment are; asked once for each that has any, in order,
+            so that one from a device can be fetched then and dropped before the next.
         threads: copy threads.
         on_bytes: called with the number of data bytes taken over so far.
 
@@ -149,8 +161,9 @@ def write_pack(
     with StreamWriter(path) as out:
         out.append(plan.header)
         for fragment, start in zip(plan.fragments, plan.starts, strict=True):
-            source, done = sources[fragment], 0
-            while done < fragment.size_bytes:
+            done = 0
+            source = source_of(fragment) if fragment.size_bytes else None
+            while source is not None and done < fragment.size_bytes:
                 space = out.space()
                 n = min(len(space), fragment.size_bytes - done)
                 gather_box_crc(

@@ -5,19 +5,19 @@ is over ``BODY``, so that every flipped bit, version included, is noticed.
 """
 
 import json
+import os
 import re
 from pathlib import Path
 from typing import Any
-
-from everstep.checkpoint.kernels import crc32c
 
 from everstep.checkpoint.errors import (
     ManifestChecksumError,
     ManifestError,
     ManifestVersionError,
 )
+from everstep.checkpoint.kernels import crc32c
 
-MAX_RECORD_BYTES = 2**30
+MAX_RECORD_BYTES = 2**28
 _TAIL = re.compile(rb',"crc32c":"([0-9a-f]{8})"}\n')
 _TAIL_BYTES = len(b',"crc32c":"00000000"}\n')
 
@@ -51,10 +51,10 @@ def decode_record(data: bytes, kind: str, version: int, path: Path | str) -> dic
             path, f"its checksum is {found:08x}, expected {tail[1].decode()}"
         )
     try:
-        members = json.loads(body + b"}")
+        members = json.loads(body.decode() + "}", parse_constant=_refuse)
     except (ValueError, RecursionError) as e:
         raise ManifestError(path, f"it is not JSON: {e}") from None
-    if not isinstance(members, dict) or type(members.get(kind)) is not int:
+    if not isinstance(members, dict) or type(members.get(kind)) is not int or members[kind] < 1:
         raise ManifestError(path, f"it is not a record of kind {kind!r}")
     if members[kind] > version:
         raise ManifestVersionError(
@@ -73,9 +73,12 @@ def read_bytes(path: Path) -> bytes:
     """
     try:
         with path.open("rb") as f:
-            data = f.read(MAX_RECORD_BYTES + 1)
+            if os.fstat(f.fileno()).st_size > MAX_RECORD_BYTES:
+                raise ManifestError(path, f"it is larger than {MAX_RECORD_BYTES} bytes")
+            return f.read()
     except FileNotFoundError:
         raise ManifestError(path, "the file is missing") from None
-    if len(data) > MAX_RECORD_BYTES:
-        raise ManifestError(path, f"it is larger than {MAX_RECORD_BYTES} bytes")
-    return data
+
+
+def _refuse(constant: str) -> None:
+    raise ValueError(f"{constant} is no JSON value")

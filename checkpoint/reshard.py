@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from everstep.checkpoint.errors import LayoutError
-from everstep.checkpoint.layout import Box, Fragment, Grid
+from everstep.checkpoint.layout import Box, Fragment, Grid, TensorSpec
 
 
 def plan_save(layouts: Sequence[Sequence[Fragment]]) -> list[list[Fragment]]:
@@ -23,7 +23,7 @@ def plan_save(layouts: Sequence[Sequence[Fragment]]) -> list[list[Fragment]]:
         LayoutError: ranks disagree about a tensor's dtype or shape.
     """
     holders: dict[Fragment, list[int]] = defaultdict(list)
-    specs = {}
+    specs: dict[str, TensorSpec] = {}
     for rank, fragments in enumerate(layouts):
         for fragment in fragments:
             holders[fragment].append(rank)

@@ -8,6 +8,8 @@ from collections.abc import Mapping
 import numpy as np
 import torch
 
+from everstep.checkpoint.errors import StateError
+
 _PYTHON = struct.Struct("<625I?d")
 _NUMPY = struct.Struct("<624II?d")
 
@@ -18,14 +20,13 @@ def rng_states() -> dict[str, torch.Tensor]:
     Shapes: (n_bytes,), dtype uint8, a fixed n_bytes for each.
     """
     states = {"torch_cpu": torch.get_rng_state()}
-    if torch.cuda.is_available() and torch.cuda.is_initialized():
+    if torch.cuda.is_available() and torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
         states["torch_cuda"] = torch.cuda.get_rng_state()
-    version, words, gauss = random.getstate()
-    if version != 3:
-        raise NotImplementedError(f"Python's random state has version {version}, expected 3")
+    _, words, gauss = random.getstate()
     states["python"] = _as_tensor(_PYTHON.pack(*words, gauss is not None, gauss or 0.0))
     legacy = np.random.get_state(legacy=True)
-    assert isinstance(legacy, tuple)
+    if not isinstance(legacy, tuple) or legacy[0] != "MT19937":
+        raise StateError("numpy.random has another bit generator than its default, MT19937")
     _, keys, position, has_gauss, cached = legacy
     states["numpy"] = _as_tensor(_NUMPY.pack(*map(int, keys), position, bool(has_gauss), cached))
     return states

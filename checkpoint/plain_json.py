@@ -1,0 +1,65 @@
+"""Plain Python values as JSON and back, exactly (pure).
+
+JSON alone turns tuples into lists and the keys of mappings into text, and has no infinities: a
+scheduler would come back subtly changed. These travel as objects with one tagged member::
+
+    (1, 2)          {"$tuple": [1, 2]}
+    {30: 1}         {"$pairs": [[30, 1]]}
+    inf, -inf, nan  {"$float": "inf"}
+"""
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from everstep.checkpoint.errors import StateError
+
+Json = None | bool | int | float | str | list["Json"] | dict[str, "Json"]
+
+
+def to_json(value: Any, where: str) -> Json:
+    """The JSON form of None, numbers, text, lists, tuples and mappings, however nested.
+
+    Args:
+        value: what to encode.
+        where: its name, for the error.
+
+    Raises:
+        StateError: something in it is of another type.
+    """
+    if value is None or isinstance(value, bool | int | str):
+        return value
+    if isinstance(value, float):
+        return float(value) if math.isfinite(value) else {"$float": str(float(value))}
+    if isinstance(value, list):
+        return [to_json(v, f"{where}[{i}]") for i, v in enumerate(value)]
+    if isinstance(value, tuple):
+        return {"$tuple": to_json(list(value), where)}
+    if isinstance(value, Mapping):
+        if all(isinstance(k, str) and not k.startswith("$") for k in value):
+            return {k: to_json(v, f"{where}.{k}") for k, v in value.items()}
+        return {
+            "$pairs": [[to_json(k, where), to_json(v, f"{where}.{k}")] for k, v in value.items()]
+        }
+    raise StateError(
+        f"{where} is a {type(value).__name__}: a checkpoint keeps numbers, text, lists, tuples and "
+        "mappings; keep tensors in the model's buffers"
+    )
+
+
+def from_json(value: Any) -> Any:
+    """Inverse of ``to_json``; raises ValueError where a tag is not what it writes."""
+    if isinstance(value, list):
+        return [from_json(v) for v in value]
+    if not isinstance(value, dict):
+        return value
+    if not any(k.startswith("$") for k in value):
+        return {k: from_json(v) for k, v in value.items()}
+    match value:
+        case {"$float": "inf" | "-inf" | "nan" as text}:
+            return float(text)
+        case {"$tuple": [*items]}:
+            return tuple(map(from_json, items))
+        case {"$pairs": [*pairs]} if all(isinstance(p, list) and len(p) == 2 for p in pairs):
+            return {from_json(k): from_json(v) for k, v in pairs}
+    raise ValueError(f"members {sorted(value)[:4]} are no value that is known")

@@ -1,0 +1,56 @@
+"""What this rank writes, planned together with the other ranks (no torch)."""
+
+import hashlib
+import json
+import zlib
+from collections.abc import Sequence
+
+from everstep.checkpoint.collective import Collective
+from everstep.checkpoint.layout import Fragment
+from everstep.checkpoint.manifest import fragments_from_json, fragments_to_json
+from everstep.checkpoint.pack import PackPlan, plan_pack
+from everstep.checkpoint.reshard import plan_save
+
+
+class SavePlan:
+    """The pack of one rank, planned anew only when the layout of some rank has changed.
+
+    For each save: ``digest`` on every rank, ``update`` with the digests of all, then ``pack``.
+    """
+
+    def __init__(self, collective: Collective) -> None:
+        self._collective = collective
+        self._layout: tuple[Fragment, ...] | None = None
+        self._digest = ""
+        self._digests: Sequence[str] = ()
+        self._layouts: Sequence[bytes] = ()
+        self._pack: PackPlan | None = None
+
+    def digest(self, layout: tuple[Fragment, ...]) -> str:
+        """Takes over the fragments that this rank holds; equal digests mean equal layouts."""
+        if layout != self._layout:
+            self._layout = layout
+            self._digest = hashlib.blake2b(_encode(layout), digest_size=16).hexdigest()
+        return self._digest
+
+    def update(self, digests: Sequence[str]) -> None:
+        """Exchanges the layouts if one has changed; every rank calls it with the same digests."""
+        if digests != self._digests:
+            self._layouts = self._collective.exchange("layouts", _encode(self._layout or ()))
+            self._digests, self._pack = digests, None
+
+    def pack(self) -> PackPlan:
+        """The pack that this rank is to write.
+
+        Raises:
+            LayoutError: ranks disagree about a tensor.
+        """
+        if self._pack is None:
+            layouts = [fragments_from_json(json.loads(zlib.decompress(x))) for x in self._layouts]
+            rank = self._collective.rank
+            self._pack = plan_pack(rank, plan_save(layouts)[rank])
+        return self._pack
+
+
+def _encode(layout: Sequence[Fragment]) -> bytes:
+    return zlib.compress(json.dumps(fragments_to_json(layout)).encode(), 1)
