@@ -1,21 +1,15 @@
 """The device mesh of a run: one axis per kind of parallelism."""
 
-from typing import TYPE_CHECKING
-
-from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from everstep.trainer.errors import ConfigError
-
-if TYPE_CHECKING:
-    from torch.distributed.device_mesh import DeviceMesh
-
-    from everstep.trainer.mesh_shape import MeshShape
+from everstep.trainer.mesh_shape import MeshShape
 
 AXES = ("dp_replicate", "dp_shard", "tp")
 """Mesh axes, slowest first: neighbouring ranks share a tensor-parallel group."""
 
 
-def build_mesh(shape: "MeshShape", device_type: str) -> "DeviceMesh":
+def build_mesh(shape: MeshShape, device_type: str) -> DeviceMesh:
     """The mesh over all ranks of the default process group, axes ``AXES`` (size 1 where unused).
 
     Rank r sits at ``shape.coordinate(r)``. Creates one process group per axis: every rank calls it.

@@ -247,4 +247,9 @@ def _user_model(
         raise ConfigError(
             f"model.factory={factory!r} returned {type(model).__name__}, expected a torch.nn.Module"
         )
+    if any(parameter.is_meta for parameter in model.parameters()):
+        raise ConfigError(
+            f"model.factory={factory!r} returned parameters on the meta device, which have no "
+            "values: build the model on the CPU"
+        )
     return model

@@ -30,15 +30,6 @@ class ModelShape:
         embeddings = self.vocab_size * self.dim * (1 if self.tie_embeddings else 2)
         return self.layers * block + self.dim + embeddings
 
-    def flops_per_token(self, seq_len: int) -> float:
-        """Floating-point operations per trained token, forward and backward.
-
-        6 per parameter used in a matrix product, and 6 * dim * seq_len per layer for causal
-        attention scores and values (Chowdhery et al. 2022, PaLM, appendix B, halved for causality).
-        """
-        products = self.parameters - (0 if self.tie_embeddings else self.vocab_size * self.dim)
-        return 6.0 * products + 6.0 * self.layers * self.heads * self.head_dim * seq_len
-
 
 def resolve_model(config: ModelConfig, vocab_size: int) -> ModelShape:
     """The sizes of ``config`` for a tokenizer of ``vocab_size`` tokens.

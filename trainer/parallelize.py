@@ -5,29 +5,26 @@ parameters stay what they are, and FSDP2's hooks stay outside, so that weights a
 """
 
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.utils.checkpoint import checkpoint
 
 from everstep.trainer.config import ParallelConfig
 from everstep.trainer.errors import ConfigError
+from everstep.trainer.mesh_shape import MeshShape
 from everstep.trainer.model import Llama
 from everstep.trainer.tensor_parallel import apply_tensor_parallel
-
-if TYPE_CHECKING:
-    from torch.distributed.device_mesh import DeviceMesh
-
-    from everstep.trainer.mesh_shape import MeshShape
 
 KEEP_GATHERED_BYTES = 1 << 30
 """Weights up to this size stay gathered between forward and backward: one gather less per step."""
 
 
 def parallelize(
-    model: nn.Module, mesh: "DeviceMesh", shape: "MeshShape", parallel: ParallelConfig
+    model: nn.Module, mesh: DeviceMesh, shape: MeshShape, parallel: ParallelConfig
 ) -> nn.Module:
     """Distribute ``model`` over ``mesh`` in place and return it; ``init.materialise`` comes next.
 
@@ -61,9 +58,7 @@ def set_gradient_sync(model: nn.Module, enabled: bool) -> None:
         model.set_requires_gradient_sync(enabled)
 
 
-def _shard(
-    model: nn.Module, mesh: "DeviceMesh", shape: "MeshShape", parallel: ParallelConfig
-) -> None:
+def _shard(model: nn.Module, mesh: DeviceMesh, shape: MeshShape, parallel: ParallelConfig) -> None:
     data_mesh = mesh["dp_replicate", "dp_shard"] if shape.dp_replicate > 1 else mesh["dp_shard"]
     block_policy, root_policy = MixedPrecisionPolicy(), MixedPrecisionPolicy()
     if parallel.precision == "bf16":
@@ -89,17 +84,18 @@ def _shard(
     fully_shard(model, mesh=data_mesh, mp_policy=root_policy, reshard_after_forward=False)
 
 
-def _gathered_bytes(model: nn.Module, shape: "MeshShape", parallel: ParallelConfig) -> int:
+def _gathered_bytes(model: nn.Module, shape: MeshShape, parallel: ParallelConfig) -> int:
     """Size of one rank's weights when all of them are gathered."""
     item_bytes = 2 if parallel.precision == "bf16" else 4
     return sum(parameter.numel() for parameter in model.parameters()) * item_bytes // shape.tp
 
 
-def _blocks(model: nn.Module) -> Iterator[nn.Module]:
-    """The repeated parts of a model: outermost children of every ModuleList."""
-    for child in model.children():
-        if isinstance(child, nn.ModuleList):
-            yield from child
+def _blocks(module: nn.Module) -> Iterator[nn.Module]:
+    """The repeated parts of a model: outermost children of ModuleLists that can be called."""
+    for child in module.children():
+        container = isinstance(child, (nn.ModuleList, nn.ModuleDict))
+        if isinstance(module, nn.ModuleList) and not container:
+            yield child
         else:
             yield from _blocks(child)
 

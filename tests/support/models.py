@@ -31,4 +31,10 @@ def no_module(vocab_size: int, seq_len: int) -> str:
     return "a model"
 
 
+def on_meta(vocab_size: int, seq_len: int) -> nn.Module:
+    """Forgets to give the weights values."""
+    with torch.device("meta"):
+        return Bigram(vocab_size, 4)
+
+
 NOT_CALLABLE = 3

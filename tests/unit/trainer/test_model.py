@@ -154,6 +154,7 @@ def test_a_users_model_is_the_same_on_every_rank() -> None:
         ("tests.support.models:NOT_CALLABLE", {}, "has no callable 'NOT_CALLABLE'"),
         ("tests.support.models:bigram", {"depth": 3}, "does not accept its arguments .*depth"),
         ("tests.support.models:no_module", {}, r"returned str, expected a torch.nn.Module"),
+        ("tests.support.models:on_meta", {}, r"on the meta device, .*build the model on the CPU"),
     ],
 )
 def test_a_bad_factory_is_one_clear_sentence(
