@@ -1,7 +1,9 @@
 """The pool of ranks that other tests stand on."""
 
+import multiprocessing
 import os
 import signal
+import tempfile
 import time
 from pathlib import Path
 
@@ -61,3 +63,36 @@ def test_a_silent_rank_is_shown_where_it_waits() -> None:
     with pytest.raises(RankError, match=r"no result within 2 s[\s\S]*_sleep_on"):
         run_ranks(_sleep_on, 2, 0, timeout_s=2)
     assert time.monotonic() - start_s < 20
+
+
+def _write_pid_and_hang(rank: int, world_size: int, folder: str) -> None:
+    draft = Path(folder, f"{rank}.draft")
+    draft.write_text(str(os.getpid()))
+    draft.rename(Path(folder, f"{rank}.pid"))
+    time.sleep(100)
+
+
+def _hang(folder: str) -> None:
+    tempfile.tempdir = folder
+    run_ranks(_write_pid_and_hang, 2, folder)
+
+
+def _alive(pid: int) -> bool:
+    return Path(f"/proc/{pid}").exists()
+
+
+def test_ranks_end_when_the_test_process_is_killed(tmp_path: Path) -> None:
+    parent = multiprocessing.get_context("spawn").Process(target=_hang, args=(str(tmp_path),))
+    parent.start()
+    deadline_s = time.monotonic() + 60
+    try:
+        while len(list(tmp_path.glob("*.pid"))) < 2:
+            assert time.monotonic() < deadline_s
+            time.sleep(0.05)
+    finally:
+        parent.kill()
+        parent.join()
+    pids = [int(file.read_text()) for file in tmp_path.glob("*.pid")]
+    while any(_alive(pid) for pid in pids):
+        assert time.monotonic() < deadline_s
+        time.sleep(0.05)

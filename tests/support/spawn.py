@@ -6,7 +6,6 @@ process groups do not outlive the call.
 """
 
 import contextlib
-import ctypes
 import faulthandler
 import math
 import multiprocessing
@@ -16,6 +15,7 @@ import random
 import signal
 import sys
 import tempfile
+import threading
 import time
 import traceback
 from collections.abc import Callable, Sequence
@@ -40,7 +40,6 @@ PRELOAD = [
     "everstep.trainer.parallelize",
 ]
 START_LIMIT_S = 180.0
-_PR_SET_PDEATHSIG = 1
 
 
 class RankError(AssertionError):
@@ -70,6 +69,7 @@ class _Worker:
     rank: int
     process: BaseProcess
     pipe: Connection
+    lifeline: Connection
     log: Path
 
     def log_tail(self, limit_bytes: int = 4000) -> str:
@@ -91,6 +91,7 @@ class _Worker:
         self.process.join()
         self.process.close()
         self.pipe.close()
+        self.lifeline.close()
 
 
 def run_ranks(
@@ -123,12 +124,22 @@ def _start(folder: Path, rank: int, world_size: int, timeout_s: float) -> _Worke
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(PRELOAD)
     ours, theirs = context.Pipe()
+    lifeline, held = context.Pipe(duplex=False)
     log = folder / f"rank-{rank}.log"
-    arguments = (theirs, str(log), rank, world_size, str(folder / "rendezvous"), timeout_s)
+    arguments = (
+        theirs,
+        lifeline,
+        str(log),
+        rank,
+        world_size,
+        str(folder / "rendezvous"),
+        timeout_s,
+    )
     process = context.Process(target=_serve, args=arguments, daemon=True)
     process.start()
     theirs.close()
-    return _Worker(rank=rank, process=process, pipe=ours, log=log)
+    lifeline.close()
+    return _Worker(rank=rank, process=process, pipe=ours, lifeline=held, log=log)
 
 
 def _collect(workers: Sequence[_Worker], timeout_s: float) -> list[Any]:
@@ -188,10 +199,16 @@ def _timed_out(workers: Sequence[_Worker], ranks: Sequence[int], timeout_s: floa
 
 
 def _serve(
-    pipe: Connection, log: str, rank: int, world_size: int, rendezvous: str, timeout_s: float
+    pipe: Connection,
+    lifeline: Connection,
+    log: str,
+    rank: int,
+    world_size: int,
+    rendezvous: str,
+    timeout_s: float,
 ) -> None:
     """The life of a rank: start, answer one call, end."""
-    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    threading.Thread(target=_end_with, args=(lifeline,), daemon=True).start()
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     with open(log, "ab", buffering=0) as file:
         os.dup2(file.fileno(), 1)
@@ -213,6 +230,12 @@ def _serve(
         text = "".join(traceback.format_exception(error))
         pipe.send(("error", time.monotonic(), text, _pickled(error)))
     pipe.recv()  # stay until killed: a closing connection would make neighbours fail as well
+
+
+def _end_with(lifeline: Connection) -> None:
+    """End this process when the test's process ends, even if that was killed."""
+    lifeline.poll(None)
+    os._exit(1)
 
 
 def _call_in_group(
