@@ -140,6 +140,8 @@ def _from_error(error: Mapping[str, Any]) -> _Failure:
         sentence = f"failed with {type_name}: {detail}" if detail else f"failed with {type_name}"
         if type_name in _MEMORY_ERRORS:
             sentence = f"{sentence.rstrip('.')}; {_LESS_MEMORY}"
+        elif "No space left on device" in message:
+            sentence = f"{sentence}; make room on that disk, and start again"
     lost_peer = not deliberate and error_lost_peer(type_name, message)
     return _Failure(
         rank=int(error["rank"]),

@@ -37,6 +37,7 @@ from everstep.trainer.progress import ProgressView
 from everstep.trainer.rank_spec import RankSpec, Report
 
 _POLL_S = 0.1
+_LOGS_EVERY_S = 0.3
 
 
 class Controller:
@@ -71,6 +72,7 @@ class Controller:
         self._messages: set[str] = set()
         self._step: int | None = None
         self._saved_step: int | None = None
+        self._logs_at_s = float("-inf")
 
     def run(self, specs_for: Callable[[Placement], Sequence[RankSpec]]) -> Outcome:
         """Place and start the ranks, and watch them until none is left. Raises LaunchError."""
@@ -156,8 +158,11 @@ class Controller:
             )
 
     def _show_logs(self, *, rest: bool = False) -> None:
-        for line in self._tail.take(self._clock(), rest=rest):
-            self._view.line(line)
+        now_s = self._clock()
+        if rest or now_s >= self._logs_at_s:
+            self._logs_at_s = now_s + _LOGS_EVERY_S
+            for line in self._tail.take(now_s, rest=rest):
+                self._view.line(line)
 
     def _outcome(self) -> Outcome:
         job = self._job

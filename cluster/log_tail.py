@@ -1,5 +1,7 @@
 """Follows the logs of all ranks and passes on what a person should see of them."""
 
+import contextlib
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,12 +24,11 @@ class _Log:
 
     def read_lines(self, rest: bool) -> list[str]:
         """Complete new lines; with ``rest`` an unfinished last one too."""
-        try:
-            with self.path.open("rb") as file:
+        data = b""
+        if _size_bytes(self.path) > self.offset_bytes:
+            with contextlib.suppress(OSError), self.path.open("rb") as file:
                 file.seek(self.offset_bytes)
                 data = file.read(_READ_BYTES)
-        except OSError:
-            data = b""  # not written yet, or gone with its disk
         self.offset_bytes += len(data)
         *lines, self.partial = (self.partial + data).split(b"\n")
         if rest and self.partial:
@@ -62,6 +63,6 @@ class LogTail:
 
 def _size_bytes(path: Path) -> int:
     try:
-        return path.stat().st_size
+        return os.stat(path).st_size
     except OSError:
-        return 0
+        return 0  # not written yet, or gone with its disk

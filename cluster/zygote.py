@@ -28,6 +28,7 @@ import sys
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import NoReturn
 
 from everstep.cluster import host, worker_shell
 
@@ -66,11 +67,12 @@ class Forked:
     fds: tuple[int, ...]
 
 
-def main(setup: dict[str, object]) -> None:
+def main(setup: dict[str, object]) -> NoReturn:
     """Serve until the controller closes its end; in a child, run what it was forked for."""
     forked = _run(Setup(**setup))  # type: ignore[arg-type]
     if forked is not None:
         worker_shell.run(forked.parent_pid, forked.log, forked.fds)
+    os._exit(0)  # taking down what was imported would take longer than all the rest
 
 
 def _run(setup: Setup) -> Forked | None:
@@ -91,11 +93,11 @@ def _run(setup: Setup) -> Forked | None:
     host.adopt_orphans()
     with (
         socket.socket(fileno=setup.control_fd) as control,
-        _woken_by(signal.SIGCHLD, signal.SIGTERM) as wake,
+        _woken_by(signal.SIGCHLD, signal.SIGCONT) as wake,
     ):
-        # From here on the controller's end is noticed by this process, which then ends its
-        # descendants before itself; the kernel's SIGKILL could not.
-        host.die_with_parent(setup.parent_pid, signal.SIGTERM)
+        # From here on the controller's end wakes this process (even if Ctrl-Z has stopped it),
+        # which then ends its descendants before itself; the kernel's SIGKILL could not.
+        host.die_with_parent(setup.parent_pid, signal.SIGCONT)
         return _serve(control, wake, setup.parent_pid)
 
 

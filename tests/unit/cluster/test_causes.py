@@ -101,6 +101,11 @@ def test_running_out_of_memory_gets_advice() -> None:
     assert "CUDA out of memory. Tried 2 GiB; use a smaller data.micro_batch" in found.sentence
 
 
+def test_a_full_disk_gets_advice() -> None:
+    found = cause([error(0, 1.0, "OSError", "[Errno 28] No space left on device: 'x'")], [])
+    assert found.sentence.endswith("on device: 'x'; make room on that disk, and start again")
+
+
 def test_deliberate_errors_speak_for_themselves() -> None:
     text = "data.source=x: no such file:\n  give one that exists"
     found = cause([error(1, 1.0, "DataError", text, deliberate=True)], [])

@@ -148,6 +148,15 @@ def test_sigkill_of_the_controller_leaves_nothing(run_dir: Path) -> None:
     assert_free(run_dir)
 
 
+def test_sigkill_of_a_controller_that_ctrl_z_has_stopped_leaves_nothing(run_dir: Path) -> None:
+    with Launched("with_child", run_dir) as launched:
+        wait_for(lambda: len(list(run_dir.glob("child-*"))) == 2, "children of ranks")
+        os.killpg(launched.process.pid, signal.SIGSTOP)
+        launched.process.kill()
+        launched.assert_nothing_left()
+    assert_free(run_dir)
+
+
 def test_sigkill_of_the_controller_while_it_starts_leaves_nothing(run_dir: Path) -> None:
     with Launched("hang_at_stop", run_dir) as launched:
         wait_for(lambda: len(launched.alive()) >= 2, "the first child")
