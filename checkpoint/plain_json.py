@@ -55,11 +55,12 @@ def from_json(value: Any) -> Any:
         return value
     if not any(k.startswith("$") for k in value):
         return {k: from_json(v) for k, v in value.items()}
-    match value:
-        case {"$float": "inf" | "-inf" | "nan" as text}:
-            return float(text)
-        case {"$tuple": [*items]}:
-            return tuple(map(from_json, items))
-        case {"$pairs": [*pairs]} if all(isinstance(p, list) and len(p) == 2 for p in pairs):
-            return {from_json(k): from_json(v) for k, v in pairs}
+    if len(value) == 1:
+        match next(iter(value.items())):
+            case "$float", "inf" | "-inf" | "nan" as text:
+                return float(text)
+            case "$tuple", [*items]:
+                return tuple(map(from_json, items))
+            case "$pairs", [*pairs] if all(isinstance(p, list) and len(p) == 2 for p in pairs):
+                return {from_json(k): from_json(v) for k, v in pairs}
     raise ValueError(f"members {sorted(value)[:4]} are no value that is known")

@@ -20,15 +20,17 @@ def rng_states() -> dict[str, torch.Tensor]:
     Shapes: (n_bytes,), dtype uint8, a fixed n_bytes for each.
     """
     states = {"torch_cpu": torch.get_rng_state()}
-    if torch.cuda.is_available() and torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
+    if torch.cuda.is_available() and torch.cuda.is_initialized():
         states["torch_cuda"] = torch.cuda.get_rng_state()
     _, words, gauss = random.getstate()
     states["python"] = _as_tensor(_PYTHON.pack(*words, gauss is not None, gauss or 0.0))
-    legacy = np.random.get_state(legacy=True)
-    if not isinstance(legacy, tuple) or legacy[0] != "MT19937":
+    twister = np.random.get_state(legacy=False)
+    assert isinstance(twister, dict)
+    if twister["bit_generator"] != "MT19937":
         raise StateError("numpy.random has another bit generator than its default, MT19937")
-    _, keys, position, has_gauss, cached = legacy
-    states["numpy"] = _as_tensor(_NUMPY.pack(*map(int, keys), position, bool(has_gauss), cached))
+    keys, position = twister["state"]["key"], twister["state"]["pos"]
+    normal = bool(twister["has_gauss"]), twister["gauss"]
+    states["numpy"] = _as_tensor(_NUMPY.pack(*map(int, keys), position, *normal))
     return states
 
 

@@ -1,0 +1,124 @@
+"""Boxes, fragments and grids."""
+
+import itertools
+
+import numpy as np
+import pytest
+import torch
+
+from everstep.checkpoint.errors import LayoutError
+from everstep.checkpoint.layout import ITEM_BYTES, Box, Fragment, Grid, TensorSpec, grid_of
+from everstep.checkpoint.torch_layout import DTYPES
+
+
+def test_intersection_is_that_of_the_items() -> None:
+    for a, b in itertools.product(_boxes_within(3, 2), repeat=2):
+        common = a.intersect(b)
+        assert _items(common) == _items(a) & _items(b)
+    assert Box((), ()).intersect(Box((), ())) == Box((), ())
+
+
+def test_place_inside_another_box() -> None:
+    assert Box((5, 2), (1, 1)).relative_to(Box((3, 2), (4, 4))) == (2, 0)
+
+
+def test_item_sizes_are_those_of_torch() -> None:
+    assert {name: dtype.itemsize for name, dtype in DTYPES.items()} == ITEM_BYTES
+
+
+@pytest.mark.parametrize(
+    ("shape", "box", "key", "size_bytes"),
+    [
+        ((4, 6), Box((0, 0), (4, 6)), "w", 96),
+        ((4, 6), Box((2, 0), (2, 3)), "w[2:4,0:3]", 24),
+        ((), Box((), ()), "w", 4),
+        ((0, 3), Box((0, 0), (0, 3)), "w", 0),
+    ],
+)
+def test_names_and_sizes_of_fragments(
+    shape: tuple[int, ...], box: Box, key: str, size_bytes: int
+) -> None:
+    fragment = Fragment(TensorSpec("w", "F32", shape), box)
+    assert (fragment.key, fragment.size_bytes) == (key, size_bytes)
+
+
+def test_cells_tile_the_tensor_in_c_order() -> None:
+    grid = Grid(((0, 3, 5, 8), (0, 4, 6)))
+    seen = np.zeros((8, 6), dtype=int)
+    for number, cell in enumerate(grid.cells()):
+        seen[_slices(cell)] += 1
+        assert cell == grid.cell(divmod(number, 2))
+    assert (seen == 1).all()
+    assert list(grid.cell_sizes()) == [cell.size for cell in grid.cells()]
+
+
+@pytest.mark.parametrize("bounds", [(), ((0,),), ((0,), (0, 3))])
+def test_cells_of_scalars_and_of_empty_tensors(bounds: tuple[tuple[int, ...], ...]) -> None:
+    grid = Grid(bounds)
+    assert grid.n_cells == (0 if bounds else 1) == len(list(grid.cells()))
+    assert list(grid.cell_sizes()) == [cell.size for cell in grid.cells()]
+
+
+def test_overlapping_cells_are_those_that_share_items() -> None:
+    grid = Grid(((0, 1, 4, 5), (0, 3, 5)))
+    for box in _boxes_within(5, 2):
+        wanted = [(i, c) for i, c in enumerate(grid.cells()) if c.intersect(box)]
+        assert list(grid.overlapping(box)) == wanted
+
+
+def test_grid_of_shuffled_and_empty_boxes() -> None:
+    spec = TensorSpec("w", "F32", (5, 4))
+    grid = Grid(((0, 2, 5), (0, 1, 4)))
+    assert grid_of(spec, [*reversed(list(grid.cells())), Box((5, 0), (0, 4))]) == grid
+
+
+def test_grid_of_a_scalar_and_of_an_empty_tensor() -> None:
+    assert grid_of(TensorSpec("s", "F32", ()), [Box((), ())]) == Grid(())
+    empty = TensorSpec("e", "F32", (3, 0))
+    assert grid_of(empty, [empty.whole]) == Grid(((0, 3), (0,)))
+
+
+@pytest.mark.parametrize(
+    "boxes",
+    [
+        [],
+        [Box((0, 0), (2, 4))],
+        [Box((2, 0), (3, 4))],
+        [Box((0, 0), (2, 4)), Box((3, 0), (2, 4))],
+        [Box((0, 0), (3, 4)), Box((2, 0), (3, 4))],
+        [Box((0, 0), (2, 4)), Box((2, 0), (3, 4)), Box((0, 0), (5, 4))],
+        [Box((0, 0), (2, 4)), Box((2, 0), (3, 2)), Box((2, 2), (3, 2))],
+        [Box((0, 0), (2, 4)), Box((2, 0), (4, 4))],
+    ],
+    ids=["none", "end", "begin", "hole", "overlap", "twice", "uneven", "beyond"],
+)
+def test_boxes_that_are_no_grid(boxes: list[Box]) -> None:
+    with pytest.raises(LayoutError, match="'w'"):
+        grid_of(TensorSpec("w", "F32", (5, 4)), boxes)
+
+
+def test_dtypes_are_those_of_safetensors() -> None:
+    from safetensors.torch import save
+
+    for name, dtype in DTYPES.items():
+        assert f'"{name}"'.encode() in save({"x": torch.zeros(1, dtype=dtype)})
+
+
+def _boxes_within(n: int, dims: int) -> list[Box]:
+    spans = [(o, e - o) for o in range(n) for e in range(o + 1, n + 1)]
+    return [
+        Box(tuple(o for o, _ in pick), tuple(m for _, m in pick))
+        for pick in itertools.product(spans, repeat=dims)
+    ]
+
+
+def _items(box: Box | None) -> set[tuple[int, ...]]:
+    if box is None:
+        return set()
+    return set(
+        itertools.product(*(range(o, o + n) for o, n in zip(box.offset, box.shape, strict=True)))
+    )
+
+
+def _slices(box: Box) -> tuple[slice, ...]:
+    return tuple(slice(o, o + n) for o, n in zip(box.offset, box.shape, strict=True))
