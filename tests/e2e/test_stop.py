@@ -1,6 +1,7 @@
 """Asked to stop: the step is finished, the state saved, the exit code says so, nothing is left."""
 
 import signal
+import time
 from pathlib import Path
 
 import pytest
@@ -8,7 +9,7 @@ import pytest
 from tests.support import cli
 
 pytestmark = [pytest.mark.multiproc, pytest.mark.chaos, pytest.mark.timeout(240)]
-LONG = ("train.steps=100000", "checkpoint.every_steps=0", "train.eval_batches=0")
+LONG = ("train.steps=100000", "checkpoint.every_steps=0", "train.eval_every=0")
 STOPPED, STOPPED_AT_ONCE = 75, 130
 
 
@@ -43,24 +44,27 @@ def test_stops_after_the_step_and_goes_on_later(small_run: Path, how: str) -> No
 
 def test_second_ctrl_c_stops_at_once_and_breaks_nothing(small_run: Path) -> None:
     run_dir = small_run / "r"
-    (small_run / "slow_model.py").write_text(SLOW_MODEL)
-    slow = (
-        "model.factory=slow_model:make",
+    (small_run / "held_model.py").write_text(HELD_MODEL)
+    held = (
+        "model.factory=held_model:make",
         "mesh.tp=1",
         "train.steps=1000",
         "checkpoint.every_steps=2",
     )
-    with cli.command("train", "run.yaml", "--run-dir", "r", *slow, cwd=small_run) as run:
+    with cli.command("train", "run.yaml", "--run-dir", "r", *held, cwd=small_run) as run:
         started(run, run_dir, steps=4)
         steps = cli.committed_steps(run_dir)
+        (small_run / "hold").touch()
         run.interrupt()
-        assert cli.wait_until(lambda: "stop" in run.output.lower(), 20), run.output
+        assert cli.wait_until(lambda: "again stops at once" in run.output, 20), run.output
+        time.sleep(0.5)  # closer together, two interrupts count as one
         run.interrupt()
         assert run.wait(10) == STOPPED_AT_ONCE, run.output
         run.assert_nothing_left()
     assert steps
+    (small_run / "hold").unlink()
     code, output = cli.run(
-        "train", "run.yaml", "--run-dir", "r", *slow, f"train.steps={steps[-1] + 1}", cwd=small_run
+        "train", "run.yaml", "--run-dir", "r", *held, f"train.steps={steps[-1] + 1}", cwd=small_run
     )
     assert code == 0, output
 
@@ -74,23 +78,25 @@ def test_controller_killed_leaves_no_rank_behind(small_run: Path) -> None:
         run.assert_nothing_left()
 
 
-SLOW_MODEL = """
+HELD_MODEL = """
 import time
+from pathlib import Path
 
 from torch import nn
 
 
-class Slow(nn.Module):
+class Held(nn.Module):
     def __init__(self, vocab_size):
         super().__init__()
         self.embed = nn.Embedding(vocab_size, 16)
         self.head = nn.Linear(16, vocab_size)
 
     def forward(self, tokens):
-        time.sleep(1.0)
+        while Path("hold").exists():
+            time.sleep(0.05)
         return self.head(self.embed(tokens))
 
 
 def make(vocab_size, seq_len):
-    return Slow(vocab_size)
+    return Held(vocab_size)
 """
