@@ -20,6 +20,7 @@ from rich.console import Console
 from everstep.checkpoint.errors import EverstepError
 from everstep.cluster import exit_codes, host, slurm
 from everstep.cluster.causes import error_lost_peer, first_cause
+from everstep.cluster.closing import Outcome, closing_lines
 from everstep.cluster.controller import headline, say
 from everstep.cluster.errors import RankEnvironmentError
 from everstep.cluster.lifecycle import Action, Event, Job, RankStarted, Tick, transition
@@ -35,6 +36,8 @@ from everstep.trainer.progress import ProgressView
 from everstep.trainer.rank_spec import RankSpec, Report
 
 _WATCH_S = 0.2
+_DEBOUNCE_S = 1.0
+"""torchrun sends its ranks the interrupt that they have from the terminal already, when it can."""
 
 
 def run_external(
@@ -119,6 +122,7 @@ class _Shown:
         self._spec = spec
         self._errors = errors
         self._error: Report | None = None
+        self._saved_step: int | None = None
         self._log = rank_log(Path(spec.run_dir) / "logs", spec.rank)
         self.view: ProgressView | None = None
         self.events: EventLog | None = None
@@ -133,6 +137,8 @@ class _Shown:
         report = {**report, "rank": self._spec.rank}
         if report["kind"] == "error":
             self._error = report
+        elif report["kind"] == "saved":
+            self._saved_step = report["step"]
         if self.events is not None and report["kind"] != "step":
             self.events.append(**report)
         if self.view is not None:
@@ -164,7 +170,10 @@ class _Shown:
     def finish(self, code: int) -> int:
         """Say how it ended; the exit code of this process."""
         if self._error is None:
-            if code == exit_codes.DONE and self.view is not None:
+            if self.view is not None:
+                outcome = Outcome(exit_code=code, saved_step=self._saved_step)
+                for line in closing_lines(outcome, self._log.parent, self._spec.world_size):
+                    self.view.line(line.text)
                 self.view.show_summary()
             return code
         cause = first_cause([self._error], [])
@@ -185,7 +194,9 @@ class _Watch:
 
     def __init__(self, grace_s: float, shown: _Shown) -> None:
         self._shown = shown
-        self._job = Job(world_size=1, grace_s=grace_s, start_by_s=float("inf"))
+        self._job = Job(
+            world_size=1, grace_s=grace_s, start_by_s=float("inf"), debounce_s=_DEBOUNCE_S
+        )
         self._stop = False
         self._signals = StopSignals()
         self._woken, self._wake = socket.socketpair()

@@ -22,7 +22,7 @@ SETTLE_LOST_PEER_S = 2.0
 DUMP_S = 0.5
 """Time to write stacks to the logs before ranks that hang are killed."""
 DEBOUNCE_S = 0.25
-"""Interrupts closer together than this are one: wrappers forward what the terminal sent too."""
+"""Wrappers of the command forward an interrupt that the terminal has sent to all already."""
 UNKILLABLE_S = 10.0
 """A killed rank that is still there after this is given up."""
 
@@ -109,6 +109,8 @@ class Job:
     grace_s: float
     start_by_s: float
     """When all ranks must have started."""
+    debounce_s: float = DEBOUNCE_S
+    """Interrupts closer together than this are one."""
     state: State = State.STARTING
     exit_code: int | None = None
     """Set with the ending."""
@@ -208,7 +210,7 @@ def _asked(job: Job, event: StopAsked, now_s: float) -> Transition:
         return Transition(
             stopping, (Action.ASK_STOP,), f"{event.by}: finishing the step and saving"
         )
-    again = job.asked_at_s is not None and now_s - job.asked_at_s >= DEBOUNCE_S
+    again = job.asked_at_s is not None and now_s - job.asked_at_s >= job.debounce_s
     if job.state is State.STOPPING and event.insistent and again:
         ending = replace(job, state=State.STOPPED, exit_code=exit_codes.INTERRUPTED)
         return _kill(ending, now_s, f"{event.by} again: stop at once")
