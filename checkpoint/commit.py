@@ -11,7 +11,6 @@
 A step exists if and only if its manifest does; everything else is garbage to collect.
 """
 
-import errno
 import os
 import re
 import shutil
@@ -161,12 +160,12 @@ class CheckpointDirectory:
         """Remove a checkpoint: first its manifest, durably, so that it is never half there."""
         path = self.step_path(step_id)
         try:
-            (path / _MANIFEST).unlink(missing_ok=True)
-            sync_directory(path)
+            if (path / _MANIFEST).exists():
+                (path / _MANIFEST).unlink()
+                sync_directory(path)
             shutil.rmtree(path)
-        except OSError as e:
-            if e.errno != errno.ENOENT:
-                raise
+        except FileNotFoundError:
+            return
 
     def retire(self, keep: int, current: int) -> list[StepId]:
         """Delete what retention does not keep; the caller holds the lock of the directory."""
