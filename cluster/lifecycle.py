@@ -15,7 +15,7 @@ from enum import Enum
 
 from everstep.cluster import exit_codes
 
-SETTLE_S = 0.3
+SETTLE_S = 0.5
 """After a rank failed on its own: time for others that failed with it to say so."""
 SETTLE_LOST_PEER_S = 2.0
 """After a rank only lost its connection: time for the one that caused it to be noticed."""

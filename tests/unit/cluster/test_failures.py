@@ -55,16 +55,23 @@ def assert_nothing_left(run_dir: Path) -> None:
     prepare_run_dir(run_dir, "").lock.release()
 
 
+ALIKE = r"error: (all ranks|rank \d)"  # on a busy machine one is killed before it could fail
+
+
 @pytest.mark.parametrize(
     ("worker", "code", "sentence"),
     [
-        ("rank_1_raises", 1, "error: rank 1 failed with ValueError: boom\n       full trace: "),
-        ("all_raise", 1, "error: no file matches texts/*.txt: give data.source files that exist\n"),
-        ("config_error", 2, "error: model.factory='x:y' cannot be imported\n"),
-        ("exit_3", 1, "error: all ranks ended with exit code 3 without saying why\n"),
-        ("call_sys_exit", 1, "error: all ranks failed with SystemExit: sys.exit(0) was called\n"),
-        ("rank_1_killed", 1, "error: rank 1 was killed by signal 9 (SIGKILL), often the out-of-"),
-        ("no_such_worker", 1, "error: all ranks failed with AttributeError: module "),
+        ("rank_1_raises", 1, r"error: rank 1 failed with ValueError: boom\n       full trace: "),
+        ("all_raise", 1, r"error: no file matches texts/\*\.txt: give data\.source files that ex"),
+        ("config_error", 2, r"error: model\.factory='x:y' cannot be imported"),
+        ("exit_3", 1, rf"{ALIKE} ended with exit code 3 without saying why\n"),
+        ("call_sys_exit", 1, rf"{ALIKE} failed with SystemExit: sys\.exit\(0\) was called\n"),
+        (
+            "rank_1_killed",
+            1,
+            r"error: rank 1 was killed by signal 9 \(SIGKILL\), often the out-of-",
+        ),
+        ("no_such_worker", 1, rf"{ALIKE} failed with AttributeError: module "),
     ],
 )
 def test_failures_are_one_sentence_and_leave_nothing(
@@ -72,7 +79,7 @@ def test_failures_are_one_sentence_and_leave_nothing(
 ) -> None:
     ran = run(worker, run_dir)
     assert ran.code == code
-    assert ran.errors.startswith(sentence)
+    assert re.match(sentence, ran.errors)
     assert "Traceback" not in ran.errors + ran.output
     assert len(ran.errors.splitlines()) <= 2
     trace = re.search(r"full trace: (\S+)", ran.errors)
