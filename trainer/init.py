@@ -12,14 +12,12 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from everstep.checkpoint.layout import Box
+from everstep.checkpoint.torch_layout import live_tensor
 from everstep.trainer.config import ModelConfig
-from everstep.trainer.mesh import AXES
 from everstep.trainer.model import Llama
-from everstep.trainer.sharded_weights import cut_dims
 
 _BLOCK_ELEMENTS = 1 << 20
-Interval = tuple[int, int]
-"""First index and end of a range along one dim."""
 
 
 def materialise(model: nn.Module, device: torch.device, seed: int) -> None:
@@ -45,8 +43,8 @@ def init_weights(model: Llama, seed: int) -> None:
         if std is None:
             local.fill_(1.0)
         else:
-            width = parameter.shape[1]
-            _fill_normal(local, width, local_intervals(parameter), std, seed, name)
+            box = live_tensor(name, parameter).fragment.box
+            _fill_normal(local, parameter.shape[1], box, std, seed, name)
 
 
 def initial_std(name: str, config: ModelConfig) -> float | None:
@@ -58,42 +56,10 @@ def initial_std(name: str, config: ModelConfig) -> float | None:
     return config.init_std
 
 
-def local_intervals(parameter: Tensor) -> list[Interval]:
-    """This rank's range along each dim of ``parameter``; the whole of it for a plain tensor.
-
-    Tensor parallelism cuts first and FSDP2 cuts what is left, with the sizes of ``torch.chunk``:
-    the innermost mesh axis is applied first. (``compute_local_shape_and_global_offset`` of
-    torch 2.13 is wrong for some sizes that do not divide evenly.)
-    """
-    intervals = [(0, size) for size in parameter.shape]
-    if not isinstance(parameter, DTensor):
-        return intervals
-    mesh = parameter.device_mesh
-    cut = cut_dims(parameter)
-    for axis in sorted(cut, key=AXES.index, reverse=True):
-        dim = cut[axis]
-        intervals[dim] = _chunk(intervals[dim], mesh[axis].size(), mesh.get_local_rank(axis))
-    shape = tuple(end - start for start, end in intervals)
-    if shape != tuple(parameter.to_local().shape):
-        raise AssertionError(
-            f"shard of {tuple(parameter.shape)} has shape {tuple(parameter.to_local().shape)}, "
-            f"expected {shape} from {parameter.placements}"
-        )
-    return intervals
-
-
-def _chunk(interval: Interval, chunks: int, index: int) -> Interval:
-    """The ``index``-th part of ``interval`` cut as ``torch.chunk`` does; may be empty."""
-    start, end = interval
-    size = -(-(end - start) // chunks)
-    return min(start + index * size, end), min(start + (index + 1) * size, end)
-
-
-def _fill_normal(
-    local: Tensor, width: int, intervals: list[Interval], std: float, seed: int, name: str
-) -> None:
-    """Fill ``local``, the part at ``intervals`` of a matrix of ``width`` columns."""
-    (row_start, row_end), (column_start, column_end) = intervals
+def _fill_normal(local: Tensor, width: int, box: Box, std: float, seed: int, name: str) -> None:
+    """Fill ``local``, the part at ``box`` of a matrix of ``width`` columns."""
+    row_start, column_start = box.offset
+    row_end, column_end = row_start + box.shape[0], column_start + box.shape[1]
     rows_per_block = max(1, _BLOCK_ELEMENTS // width)
     for block in range(row_start // rows_per_block, -(-row_end // rows_per_block)):
         first = block * rows_per_block

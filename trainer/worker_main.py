@@ -135,10 +135,14 @@ def _join_group(config: RunConfig, spec: RankSpec, device: torch.device) -> None
         )
         return
     host, _, port = spec.store.rpartition(":")
-    store = dist.TCPStore(host, int(port), is_master=False, timeout=timeout)
+    store = dist.TCPStore(  # type: ignore[attr-defined]
+        host, int(port), is_master=False, timeout=timeout
+    )
     dist.init_process_group(
         backend,
-        store=dist.PrefixStore(f"attempt{spec.attempt}", store),
+        store=dist.PrefixStore(  # type: ignore[attr-defined]
+            f"attempt{spec.attempt}", store
+        ),
         rank=spec.rank,
         world_size=spec.world_size,
         timeout=timeout,

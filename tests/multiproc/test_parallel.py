@@ -8,9 +8,10 @@ import torch
 from numpy.typing import NDArray
 from torch.distributed.tensor import DTensor, Shard
 
+from everstep.checkpoint.torch_layout import live_tensor
 from everstep.trainer.config import ParallelConfig
 from everstep.trainer.errors import ConfigError
-from everstep.trainer.init import local_intervals, materialise
+from everstep.trainer.init import materialise
 from everstep.trainer.loss import IGNORED, token_loss_sum
 from everstep.trainer.mesh import AXES, build_mesh
 from everstep.trainer.mesh_shape import MeshShape
@@ -89,8 +90,8 @@ def test_compiled_blocks_train_alike(sizes: dict[str, int]) -> None:
 
 def _initial_parts(
     rank: int, world_size: int, shape: MeshShape
-) -> dict[str, tuple[list[tuple[int, int]], NDArray[np.float32]]]:
-    """Intervals and values of this rank's part of every parameter."""
+) -> dict[str, tuple[tuple[slice, ...], NDArray[np.float32]]]:
+    """Place and values of this rank's part of every parameter."""
     run = TinyRun(tie_embeddings=False)
     mesh = build_mesh(shape, "cpu")
     coordinate = shape.coordinate(rank)
@@ -99,11 +100,12 @@ def _initial_parts(
     materialise(parallelize(model, mesh, shape, run.parallel), torch.device("cpu"), seed=3)
     parts = {}
     for name, parameter in model.named_parameters():
-        local = parameter.to_local() if isinstance(parameter, DTensor) else parameter
-        parts[name] = (local_intervals(parameter), local.detach().numpy().copy())
+        live = live_tensor(name, parameter)
+        box = live.fragment.box
+        place = tuple(slice(o, o + n) for o, n in zip(box.offset, box.shape, strict=True))
+        parts[name] = (place, live.local.numpy().copy())
         if isinstance(parameter, DTensor):
-            box = tuple(slice(*interval) for interval in local_intervals(parameter))
-            assert torch.equal(parameter.full_tensor()[box], local)
+            assert torch.equal(parameter.full_tensor()[place], live.local)
     return parts
 
 
@@ -122,8 +124,7 @@ def test_initial_weights_are_the_same_on_layouts_that_do_not_divide(shape: MeshS
     for name, (_, expected) in whole.items():
         covered = np.zeros(expected.shape, dtype=int)
         for parts in ranks:
-            intervals, values = parts[name]
-            box = tuple(slice(*interval) for interval in intervals)
+            box, values = parts[name]
             np.testing.assert_array_equal(values, expected[box])
             covered[box] += 1
         assert covered.min() == covered.max() >= 1

@@ -5,9 +5,10 @@ import math
 import pytest
 import torch
 
+from everstep.checkpoint.layout import Box
 from everstep.trainer import init
 from everstep.trainer.config import ModelConfig
-from everstep.trainer.init import initial_std, local_intervals, materialise
+from everstep.trainer.init import initial_std, materialise
 from everstep.trainer.model import Llama, build_model
 
 CONFIG = ModelConfig(dim=64, layers=2, heads=4, kv_heads=2, init_std=0.05)
@@ -54,14 +55,11 @@ def test_any_part_of_a_matrix_is_cut_from_the_same_whole(
 ) -> None:
     monkeypatch.setattr(init, "_BLOCK_ELEMENTS", 7 * 24)
     whole, part = torch.empty(40, 24), torch.empty(rows[1] - rows[0], 9)
-    init._fill_normal(whole, 24, [(0, 40), (0, 24)], 0.1, 5, "a")
-    init._fill_normal(part, 24, [rows, (6, 15)], 0.1, 5, "a")
+    init._fill_normal(whole, 24, Box((0, 0), (40, 24)), 0.1, 5, "a")
+    box = Box((rows[0], 6), tuple(part.shape))
+    init._fill_normal(part, 24, box, 0.1, 5, "a")
     assert torch.equal(part, whole[rows[0] : rows[1], 6:15])
     assert whole.std().item() == pytest.approx(0.1, rel=0.1)
-
-
-def test_a_plain_tensor_is_whole() -> None:
-    assert local_intervals(torch.empty(3, 4)) == [(0, 3), (0, 4)]
 
 
 def test_tied_embeddings_stay_one_parameter() -> None:
