@@ -56,7 +56,8 @@ def decode_generation(data: bytes, path: Path | str) -> Generation:
     number, parent, fork = m.get("number"), m.get("parent"), m.get("fork_step")
     created_s, mesh = m.get("created_s"), m.get("mesh")
     good = (
-        _natural(number)
+        m.keys() >= {f.name for f in fields(Generation)}
+        and _natural(number)
         and (parent is None) == (fork is None)
         and (parent is None or (_natural(parent) and parent < number and _natural(fork)))
         and type(created_s) is float

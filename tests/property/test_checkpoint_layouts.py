@@ -1,0 +1,219 @@
+"""Layouts of all kinds: shards tile, writers share, packs give back any box bit for bit."""
+
+import itertools
+import math
+import tempfile
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.distributed.tensor import Replicate, Shard
+from torch.distributed.tensor.placement_types import Placement, _StridedShard
+
+from everstep.checkpoint.layout import Box, Fragment, TensorSpec, grid_of
+from everstep.checkpoint.manifest import (
+    Manifest,
+    Part,
+    build_manifest,
+    decode_manifest,
+    encode_manifest,
+)
+from everstep.checkpoint.pack import PackReader, StridedBytes, plan_pack, write_pack
+from everstep.checkpoint.reshard import plan_load, plan_save
+from everstep.checkpoint.torch_layout import intervals
+
+SIZES = st.one_of(st.integers(0, 14), st.sampled_from([1001, 64]))
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How one tensor lies on a mesh."""
+
+    shape: tuple[int, ...]
+    mesh: tuple[int, ...]
+    placements: tuple[Placement, ...]
+
+    def boxes(self) -> list[Box]:
+        """The box of every coordinate, ranks in row-major order."""
+        coordinates = itertools.product(*map(range, self.mesh))
+        return [intervals(self.shape, self.placements, self.mesh, c) for c in coordinates]
+
+
+@st.composite
+def layouts(draw: st.DrawFn, max_ranks: int = 16) -> Layout:
+    """FSDP2, HSDP, tensor parallelism and mixtures: what everstep and others make of a tensor."""
+    shape = tuple(draw(st.lists(SIZES, min_size=1, max_size=3)))
+    mesh = tuple(
+        draw(
+            st.lists(st.integers(1, 4), min_size=1, max_size=3).filter(
+                lambda sizes: math.prod(sizes) <= max_ranks
+            )
+        )
+    )
+    dims = st.integers(0, len(shape) - 1)
+    kinds = st.one_of(st.none(), dims)
+    shards = [draw(kinds) for _ in mesh]
+    placements: list[Placement] = [Replicate() if d is None else Shard(d) for d in shards]
+    fsdp_axis = draw(st.integers(0, len(mesh) - 1))
+    later = zip(mesh[fsdp_axis + 1 :], shards[fsdp_axis + 1 :], strict=True)
+    follows = [size for size, dim in later if dim == 0]
+    if follows and draw(st.booleans()):
+        placements[fsdp_axis] = _StridedShard(0, split_factor=math.prod(follows))
+    return Layout(shape, mesh, tuple(placements))
+
+
+def _by_chunks(layout: Layout, coordinate: tuple[int, ...]) -> list[torch.Tensor]:
+    """Per dim the indices that a rank holds, by torch.chunk on the indices themselves."""
+    held = [torch.arange(n) for n in layout.shape]
+    axes = [a for a, p in enumerate(layout.placements) if isinstance(p, Shard)]
+    axes += [a for a, p in enumerate(layout.placements) if isinstance(p, _StridedShard)]
+    for axis in axes:
+        placement = layout.placements[axis]
+        assert isinstance(placement, Shard | _StridedShard)
+        pieces = held[placement.dim].chunk(layout.mesh[axis])
+        index = coordinate[axis]
+        held[placement.dim] = pieces[index] if index < len(pieces) else torch.arange(0)
+    return held
+
+
+@given(layouts())
+@settings(max_examples=300, deadline=None)
+def test_boxes_are_those_of_torch_chunk(layout: Layout) -> None:
+    coordinates = itertools.product(*map(range, layout.mesh))
+    for coordinate, box in zip(coordinates, layout.boxes(), strict=True):
+        for indices, offset, n in zip(
+            _by_chunks(layout, coordinate), box.offset, box.shape, strict=True
+        ):
+            assert len(indices) == n
+            assert not n or (indices[0], indices[-1]) == (offset, offset + n - 1)
+
+
+@given(layouts())
+@settings(max_examples=300, deadline=None)
+def test_boxes_tile_the_tensor(layout: Layout) -> None:
+    spec = TensorSpec("t", "U8", layout.shape)
+    distinct = {box for box in layout.boxes() if box.size}
+    assert sum(box.size for box in distinct) == math.prod(layout.shape)
+    for a, b in itertools.combinations(distinct, 2):
+        assert a.intersect(b) is None
+    assert set(grid_of(spec, distinct).cells()) == distinct
+
+
+@st.composite
+def jobs(draw: st.DrawFn) -> list[list[Fragment]]:
+    """For every rank of a mesh, the fragments of several tensors on it."""
+    mesh = tuple(draw(st.lists(st.integers(1, 3), min_size=1, max_size=3)))
+    held: list[list[Fragment]] = [[] for _ in range(math.prod(mesh))]
+    for number in range(draw(st.integers(0, 6))):
+        shape = tuple(draw(st.lists(st.integers(0, 14), min_size=1, max_size=2)))
+        placements = tuple(draw(st.sampled_from([Replicate(), Shard(0)])) for _ in mesh)
+        spec = TensorSpec(f"t{number}", draw(st.sampled_from(["U8", "F32", "F64"])), shape)
+        for fragments, box in zip(held, Layout(shape, mesh, placements).boxes(), strict=True):
+            if box.size:
+                fragments.append(Fragment(spec, box))
+    return held
+
+
+@given(jobs())
+@settings(max_examples=200, deadline=None)
+def test_every_fragment_is_written_once_by_one_that_holds_it(held: list[list[Fragment]]) -> None:
+    owned = plan_save(held)
+    assert all(set(mine) <= set(have) for mine, have in zip(owned, held, strict=True))
+    written = Counter(f for mine in owned for f in mine)
+    assert written == Counter({f for have in held for f in have})
+    assert plan_save([have[::-1] for have in held]) == owned
+
+
+@given(jobs())
+@settings(max_examples=200, deadline=None)
+def test_the_last_replica_that_a_writer_got_went_to_the_least_loaded(
+    held: list[list[Fragment]],
+) -> None:
+    owned = plan_save(held)
+    load = [sum(f.size_bytes for f in mine) for mine in owned]
+    for rank, mine in enumerate(owned):
+        shared = [f for f in mine if sum(f in have for have in held) > 1]
+        if shared:
+            last = max(shared, key=lambda f: (-f.size_bytes, f))
+            others = [r for r, have in enumerate(held) if last in have]
+            assert load[rank] - last.size_bytes <= min(load[r] for r in others)
+
+
+def _slices(box: Box) -> tuple[slice, ...]:
+    return tuple(slice(o, o + n) for o, n in zip(box.offset, box.shape, strict=True))
+
+
+def _bytes_of(array: npt.NDArray[Any]) -> StridedBytes:
+    flat = array.reshape(-1).view(np.uint8)
+    return StridedBytes(flat, 0, array.strides)
+
+
+def _save(folder: Path, layout: Layout, whole: npt.NDArray[Any], spec: TensorSpec) -> Manifest:
+    """Write the packs of all ranks; the manifest goes through its bytes."""
+    empty = not spec.size_bytes
+    boxes = [spec.whole if empty else box for box in layout.boxes()]
+    held = [[Fragment(spec, box)] if box.size or empty else [] for box in boxes]
+    parts = []
+    for rank, mine in enumerate(plan_save(held)):
+        arrays = {f: np.ascontiguousarray(whole[_slices(f.box)]) for f in mine}
+        plan = plan_pack(rank, mine)
+        record = write_pack(folder / f"p{rank}", plan, lambda f, a=arrays: _bytes_of(a[f]))
+        context = {"mesh": {}, "producer": {}, "objects": {}} if rank == 0 else {}
+        parts.append(
+            Part(
+                generation=1,
+                step=0,
+                rank=rank,
+                world_size=len(held),
+                pack=record,
+                fragments=plan.fragments,
+                context=context,
+            )
+        )
+    return decode_manifest(encode_manifest(build_manifest(parts)), "m")
+
+
+@given(st.data())
+@settings(max_examples=80, deadline=None)
+def test_any_box_comes_back_bit_for_bit(data: st.DataObject) -> None:
+    layout = data.draw(layouts(max_ranks=8).filter(lambda x: math.prod(x.shape) < 20_000))
+    dtype = data.draw(st.sampled_from([("F64", "f8"), ("F32", "f4"), ("BF16", "u2"), ("U8", "u1")]))
+    spec = TensorSpec("t", dtype[0], layout.shape)
+    random = np.random.default_rng(0).integers(0, 256, spec.size_bytes, dtype=np.uint8)
+    whole = random.view(dtype[1]).reshape(layout.shape)
+    with tempfile.TemporaryDirectory() as folder:
+        manifest = _save(Path(folder), layout, whole, spec)
+        for box in _random_boxes(data, spec.shape):
+            target = np.zeros(box.shape, dtype=dtype[1])
+            _fill(Path(folder), manifest, box, target)
+            assert target.tobytes() == whole[_slices(box)].tobytes()
+
+
+def _random_boxes(data: st.DataObject, shape: tuple[int, ...]) -> list[Box]:
+    boxes = [TensorSpec("t", "U8", shape).whole]
+    for _ in range(3):
+        spans = []
+        for n in shape:
+            begin = data.draw(st.integers(0, n))
+            spans.append((begin, data.draw(st.integers(begin, n))))
+        boxes.append(Box(tuple(b for b, _ in spans), tuple(e - b for b, e in spans)))
+    return boxes
+
+
+def _fill(folder: Path, manifest: Manifest, box: Box, target: npt.NDArray[Any]) -> None:
+    stored = manifest.tensors["t"]
+    count = np.zeros(box.shape, dtype=int)
+    for copy in plan_load(stored.grid, stored.packs, box):
+        start, fragment = manifest.pack_indexes[copy.pack].starts["t", copy.cell.offset]
+        inside = Box(copy.box.relative_to(box), copy.box.shape)
+        count[_slices(inside)] += 1
+        offset = sum(i * s for i, s in zip(inside.offset, target.strides, strict=True))
+        with PackReader(folder / f"p{copy.pack}", manifest.packs[copy.pack]) as reader:
+            reader.read_box(fragment, start, copy.box, _bytes_of(target), offset)
+    assert (count == 1).all()
