@@ -44,6 +44,10 @@ class DirectoryLock:
         os.pwrite(self._fd, json.dumps(mine).encode(), 0)
         _HELD.add(self)
 
+    def fileno(self) -> int:
+        """The descriptor that holds the lock; processes that inherit it hold the lock, too."""
+        return self._fd
+
     def release(self) -> None:
         """Let the next one in; may be called twice."""
         if self._fd >= 0:

@@ -1,13 +1,15 @@
 """Exit codes of a run, for scripts and schedulers that decide what to do next."""
 
-DONE = 0
+from everstep.trainer.rank_spec import EXIT_DONE, EXIT_STOPPED
+
+DONE = EXIT_DONE
 """All steps are done."""
 FAILED = 1
 """A rank failed; what was saved before is there."""
 USAGE = 2
 """The command line or the configuration cannot be run; trying again is of no use."""
-STOPPED = 75
-"""Stopped on request, and saved: the same command goes on (EX_TEMPFAIL of sysexits.h)."""
+STOPPED = EXIT_STOPPED
+"""Stopped on request, and saved: the same command goes on."""
 INTERRUPTED = 130
 """Stopped at once by a second Ctrl-C, without saving (128 + SIGINT, as shells have it)."""
 

@@ -26,20 +26,12 @@ ENDING_S = 20.0
 """How long the next run waits for the ranks of a launcher that was killed."""
 
 
-class RunLock(DirectoryLock):
-    """The lock of a run directory; processes that inherit its descriptor hold it too."""
-
-    def fileno(self) -> int:
-        """The descriptor that holds the lock."""
-        return self._fd
-
-
 @dataclass(frozen=True)
 class RunDir:
     """A prepared and locked run directory; a context manager that releases the lock."""
 
     path: Path
-    lock: RunLock
+    lock: DirectoryLock
 
     @property
     def logs(self) -> Path:
@@ -93,12 +85,12 @@ def _why(error: OSError) -> str:
     return error.strerror or str(error)
 
 
-def _lock(run_dir: Path) -> RunLock:
+def _lock(run_dir: Path) -> DirectoryLock:
     """Lock; ranks of a launcher that was killed get a moment to end (they may be large)."""
     deadline_s = time.monotonic() + ENDING_S
     while True:
         try:
-            return RunLock(run_dir, LOCK_NAME)
+            return DirectoryLock(run_dir, LOCK_NAME)
         except DirectoryInUseError as error:
             if not _holder_is_gone(run_dir / LOCK_NAME):
                 raise

@@ -10,6 +10,11 @@ Report = dict[str, Any]
 Reporter = Callable[[Report], None]
 """Sends a report; never raises because the receiver is gone."""
 
+EXIT_DONE = 0
+"""Exit code of a rank that did all steps."""
+EXIT_STOPPED = 75
+"""Exit code of a rank that stopped on request, its state saved (EX_TEMPFAIL of sysexits.h)."""
+
 StopRequested = Callable[[], bool]
 """True once somebody asked this rank to stop after the current step."""
 

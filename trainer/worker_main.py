@@ -20,13 +20,16 @@ from everstep.trainer.engine import TorchEngine
 from everstep.trainer.loop import Run, Say, train
 from everstep.trainer.mesh_shape import MeshShape, check_config, local_device, resolve_mesh
 from everstep.trainer.metrics import open_sinks
-from everstep.trainer.rank_spec import RankSpec, Reporter, StopRequested
+from everstep.trainer.rank_spec import (
+    EXIT_DONE,
+    EXIT_STOPPED,
+    RankSpec,
+    Reporter,
+    StopRequested,
+)
 from everstep.trainer.sample import generate
 from everstep.trainer.summary import summarise
 
-EXIT_DONE = 0
-EXIT_STOPPED = 75
-"""Stopped on request, state saved: the same command goes on (EX_TEMPFAIL of sysexits.h)."""
 SAMPLE_PROMPT = "def "
 PROGRESS_EVERY_S = 3.0
 
@@ -54,10 +57,10 @@ def run_rank(spec: RankSpec, report: Reporter, should_stop: StopRequested) -> in
     check_config(config, shape)
     device = _choose_device(config, spec)
     _join_group(config, spec, device)
-    try:
-        return _run(spec, config, shape, device, say if spec.rank == 0 else _mute, should_stop)
-    finally:
-        dist.destroy_process_group()
+    code = _run(spec, config, shape, device, say if spec.rank == 0 else _mute, should_stop)
+    # Not after an error: with a peer gone this can block, and the error would never be told.
+    dist.destroy_process_group()
+    return code
 
 
 def _run(
