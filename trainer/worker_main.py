@@ -164,7 +164,7 @@ def _open_corpus(config: RunConfig, run_dir: Path, collective: Collective, say: 
             say("message", text=f"reading the corpus: {100 * done_bytes // total_bytes} %")
 
     def build() -> None:
-        corpus = open_corpus(config.data, cache, progress=progress)
+        corpus = open_corpus(config.data, cache, progress=progress, leave_out=run_dir)
         if config.train.eval_batches:
             check_held_out_fits(corpus, config.data)
         left_out = f", {len(corpus.skipped)} files left out" if corpus.skipped else ""
@@ -175,7 +175,7 @@ def _open_corpus(config: RunConfig, run_dir: Path, collective: Collective, say: 
         )
 
     on_rank0(collective, "corpus", build)
-    return open_corpus(config.data, cache, build=False)
+    return open_corpus(config.data, cache, build=False, leave_out=run_dir)
 
 
 def _resume(

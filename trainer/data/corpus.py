@@ -11,7 +11,7 @@ import hashlib
 import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 
 import numpy as np
@@ -90,7 +90,12 @@ class Corpus:
 
 
 def open_corpus(
-    config: DataConfig, cache_dir: Path, *, build: bool = True, progress: Progress | None = None
+    config: DataConfig,
+    cache_dir: Path,
+    *,
+    build: bool = True,
+    progress: Progress | None = None,
+    leave_out: Path | None = None,
 ) -> Corpus:
     """Opens the corpus of ``config``, tokenizing its text if the cache does not have it.
 
@@ -103,13 +108,14 @@ def open_corpus(
         cache_dir: Folder of the cache, made if missing.
         build: False: only open what the cache has.
         progress: Not called when there is nothing to read.
+        leave_out: A folder whose files are not found by folders and globs: the run's own.
 
     Raises:
         DataError: text or tokenizer are missing, unreadable or too small for one global batch, or
             the cache cannot be written, or has no such tokens and ``build`` is False.
     """
     tokenizer = open_tokenizer(config.tokenizer)
-    cache = _Cache(cache_dir, config.source, tokenizer, progress)
+    cache = _Cache(cache_dir, partial(find_files, config.source, leave_out), tokenizer, progress)
     texts, tokens = cache.load_or_build() if build else cache.load()
     corpus = _split(cache.sources.name, texts, tokenizer, tokens, config.held_out)
     check_training_fits(corpus, config)
@@ -169,12 +175,12 @@ class _Cache:
     def __init__(
         self,
         folder: Path,
-        source: str | list[str],
+        find: Callable[[], Sources],
         tokenizer: Tokenizer,
         progress: Progress | None,
     ) -> None:
-        self.sources = find_files(source)
-        self._source = source
+        self.sources = find()
+        self._find = find
         self._folder = folder
         self._tokenizer = tokenizer
         self._progress = progress
@@ -206,7 +212,7 @@ class _Cache:
                 return self._load_or_build(trust_index=True)
             except DocumentChangedError:
                 # Changed this minute, or the file system deceived us: begin afresh.
-                self.sources = find_files(self._source)
+                self.sources = self._find()
             try:
                 return self._load_or_build(trust_index=False)
             except DocumentChangedError as error:

@@ -38,12 +38,13 @@ class Sources:
     files: tuple[SourceFile, ...]
 
 
-def find_files(source: str | list[str]) -> Sources:
+def find_files(source: str | list[str], leave_out: Path | None = None) -> Sources:
     """Lists the files of ``data.source``.
 
     A name that exists is that file or folder, even with glob characters in it; ``**`` crosses
     folders. Folders are read recursively, without hidden entries and without following links to
-    folders. 'stdlib' is a keyword: a folder of this name is './stdlib'.
+    folders. 'stdlib' is a keyword: a folder of this name is './stdlib'. What lies below the folder
+    ``leave_out`` (a run directory: its logs are no text to train on) is found only by its own name.
 
     Raises:
         DataError: nothing is there, or a pattern or folder yields no file.
@@ -53,10 +54,13 @@ def find_files(source: str | list[str]) -> Sources:
         raise DataError(
             "data.source is an empty list: name text files, folders or globs, or use 'stdlib'"
         )
+    below = None if leave_out is None else os.path.join(os.path.realpath(leave_out), "")
     named: dict[str, bool] = {}
     for pattern in patterns:
         for path, is_named in _matches(pattern):
             real = os.path.realpath(path)
+            if below is not None and real.startswith(below) and not is_named:
+                continue
             named[real] = named.get(real, False) or is_named
     return Sources(
         name=", ".join(_describe(pattern) for pattern in patterns),

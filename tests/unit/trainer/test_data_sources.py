@@ -35,6 +35,14 @@ def test_files_folders_globs(texts: Path) -> None:
     assert names(["books/b.md", "books/deep"]) == ["b.md", "c.txt"]
 
 
+def test_the_runs_own_files_are_no_text(texts: Path) -> None:
+    deep = texts / "books" / "deep"
+    found = [file.path for file in find_files("books", leave_out=deep).files]
+    assert sorted(map(os.path.basename, found)) == ["a.txt", "b.md"]
+    named = find_files(["books", "books/deep/c.txt"], leave_out=deep).files
+    assert [os.path.basename(file.path) for file in named] == ["a.txt", "b.md", "c.txt"]
+
+
 def test_a_file_found_twice_is_read_once(texts: Path) -> None:
     (texts / "link.txt").symlink_to(texts / "books" / "a.txt")
     found = find_files(["books/*.txt", "books/a.txt", "books", "link.txt"])
