@@ -11,6 +11,7 @@ trap 'rm -rf "$work"' EXIT
     { tail -50 "$work/build.log"; exit 1; }
 for package in "$work"/dist/*.whl "$work"/dist/*.tar.gz; do
     echo "== $(basename "$package")"
+    cd "$work"
     rm -rf "$work/env" "$work/empty"
     "$python" -m venv "$work/env"
     "$work/env/bin/python" -m pip install --quiet --disable-pip-version-check \
