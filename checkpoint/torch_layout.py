@@ -27,7 +27,7 @@ class LiveTensor:
 
     fragment: Fragment
     local: torch.Tensor
-    """Shares storage with the live tensor; its shape is ``fragment.box.shape``."""
+    """Shares storage with the live tensor; its shape is ``fragment.box.shape`` unless empty."""
 
 
 def live_tensor(name: str, tensor: torch.Tensor) -> LiveTensor:
@@ -50,7 +50,7 @@ def live_tensor(name: str, tensor: torch.Tensor) -> LiveTensor:
     if coordinate is None:
         raise LayoutError(f"tensor {name!r} lives on a mesh that this rank is not part of")
     box = intervals(spec.shape, tuple(detached.placements), tuple(mesh.shape), tuple(coordinate))
-    if box.shape != tuple(local.shape):
+    if box.shape != tuple(local.shape) and (box.size or local.numel()):
         raise LayoutError(
             f"tensor {name!r} of shape {spec.shape} with placements {detached.placements} on mesh "
             f"{tuple(mesh.shape)}: the local shard is {tuple(local.shape)}, expected {box.shape}"
