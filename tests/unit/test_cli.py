@@ -12,8 +12,8 @@ import pytest
 
 import everstep
 from everstep.checkpoint.errors import EverstepError
-from everstep.cli import main
 from everstep.checkpoint.torch_version import require_torch
+from everstep.cli import main
 from everstep.trainer.config import RunConfig
 from everstep.trainer.config_load import load_config, parse_config
 
