@@ -135,7 +135,7 @@ class Checkpointer:
         def capture() -> str:
             live.update(self._capture(state))
             context.update(self._context(state))
-            return self._plan.digest(tuple(live))
+            return self._plan.digest(list(live))
 
         captured = agree(self._collective, "captured", capture)
         if captured.causes:

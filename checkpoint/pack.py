@@ -10,6 +10,7 @@ tensor holds one CRC-32C per ``BLOCK_BYTES`` of data, as little-endian u32: the 
 checksums computed while streaming can still be written. The header depends on the layout only.
 """
 
+import errno
 import json
 import mmap
 import os
@@ -35,6 +36,9 @@ PACK_VERSION = "1"
 BLOCK_BYTES = 2**20
 DATA_ALIGN_BYTES = 4096
 TABLE_NAME = "everstep.block_crc32c"
+FETCH_BLOCKS = 16
+"""Blocks that are read and verified at a time."""
+_MADV_POPULATE_READ = 22
 
 
 @dataclass(frozen=True)
@@ -204,12 +208,16 @@ class PackReader:
     Raises:
         PackTruncatedError: the file is missing or has another size than its record.
         PackHeaderError: header or checksum table are not what the record says.
+        OSError: as the file system reports it.
     """
 
     def __init__(self, path: Path, record: PackRecord, *, threads: int = 1) -> None:
         self._path, self._record, self._threads = path, record, threads
-        self._bytes = _map_file(path, record.size_bytes)
+        self._map = _map_file(path, record.size_bytes)
+        self._bytes: ByteArray = np.frombuffer(self._map, dtype=np.uint8)
         table_start = record.data_start + record.data_bytes
+        self._fetch(0, record.data_start)
+        self._fetch(table_start, record.size_bytes)
         header, table = self._bytes[: record.data_start], self._bytes[table_start:]
         if crc32c(table, crc32c(header)) != record.crc32c:
             raise PackHeaderError(path, "its header or checksum table does not match the manifest")
@@ -262,13 +270,12 @@ class PackReader:
                 first += 1
                 continue
             run = first
-            while run < stop and not self._verified[run]:
+            while run < min(stop, first + FETCH_BLOCKS) and not self._verified[run]:
                 run += 1
-            found = crc32c_blocks(
-                self._data[first * BLOCK_BYTES : run * BLOCK_BYTES],
-                BLOCK_BYTES,
-                threads=self._threads,
-            )
+            data = self._data[first * BLOCK_BYTES : run * BLOCK_BYTES]
+            begin = self._record.data_start + first * BLOCK_BYTES
+            self._fetch(begin, begin + len(data))
+            found = crc32c_blocks(data, BLOCK_BYTES, threads=self._threads)
             bad = np.flatnonzero(found != self._expected[first:run])
             if len(bad):
                 at = int(bad[0])
@@ -278,9 +285,19 @@ class PackReader:
             self._verified[first:run] = True
             first = run
 
+    def _fetch(self, begin: int, end: int) -> None:
+        """Read a range of the file at once, so that an I/O error is an exception, not a SIGBUS."""
+        begin -= begin % mmap.PAGESIZE
+        try:
+            if begin < end:
+                self._map.madvise(_MADV_POPULATE_READ, begin, end - begin)
+        except OSError as e:
+            if e.errno != errno.EINVAL:  # EINVAL: Linux before 5.14, which reads as it goes
+                raise OSError(errno.EIO, os.strerror(errno.EIO), str(self._path)) from e
+
     def close(self) -> None:
         """Let go of the file."""
-        del self._bytes, self._data
+        del self._bytes, self._data, self._map
 
     def __enter__(self) -> "PackReader":
         return self
@@ -308,7 +325,7 @@ class PackIndex:
         return {(f.spec.name, f.box.offset): (s, f) for f, s in zip(ordered, starts, strict=True)}
 
 
-def _map_file(path: Path, size_bytes: int) -> ByteArray:
+def _map_file(path: Path, size_bytes: int) -> mmap.mmap:
     try:
         fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     except FileNotFoundError:
@@ -317,10 +334,9 @@ def _map_file(path: Path, size_bytes: int) -> ByteArray:
         found = os.fstat(fd).st_size
         if found != size_bytes:
             raise PackTruncatedError(path, f"it has {found} bytes, expected {size_bytes}")
-        mapped = mmap.mmap(fd, size_bytes, prot=mmap.PROT_READ)
+        return mmap.mmap(fd, size_bytes, prot=mmap.PROT_READ)
     finally:
         os.close(fd)
-    return np.frombuffer(mapped, dtype=np.uint8)
 
 
 def _dense_strides(shape: Sequence[int], item_bytes: int) -> tuple[int, ...]:

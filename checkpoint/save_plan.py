@@ -20,23 +20,20 @@ class SavePlan:
 
     def __init__(self, collective: Collective) -> None:
         self._collective = collective
-        self._layout: tuple[Fragment, ...] | None = None
-        self._digest = ""
+        self._layout = b""
         self._digests: Sequence[str] = ()
         self._layouts: Sequence[bytes] = ()
         self._pack: PackPlan | None = None
 
-    def digest(self, layout: tuple[Fragment, ...]) -> str:
+    def digest(self, layout: Sequence[Fragment]) -> str:
         """Takes over the fragments that this rank holds; equal digests mean equal layouts."""
-        if layout != self._layout:
-            self._layout = layout
-            self._digest = hashlib.blake2b(_encode(layout), digest_size=16).hexdigest()
-        return self._digest
+        self._layout = json.dumps(fragments_to_json(layout)).encode()
+        return hashlib.blake2b(self._layout, digest_size=16).hexdigest()
 
     def update(self, digests: Sequence[str]) -> None:
         """Exchanges the layouts if one has changed; every rank calls it with the same digests."""
         if digests != self._digests:
-            self._layouts = self._collective.exchange("layouts", _encode(self._layout or ()))
+            self._layouts = self._collective.exchange("layouts", zlib.compress(self._layout, 1))
             self._digests, self._pack = digests, None
 
     def pack(self) -> PackPlan:
@@ -50,7 +47,3 @@ class SavePlan:
             rank = self._collective.rank
             self._pack = plan_pack(rank, plan_save(layouts)[rank])
         return self._pack
-
-
-def _encode(layout: Sequence[Fragment]) -> bytes:
-    return zlib.compress(json.dumps(fragments_to_json(layout)).encode(), 1)

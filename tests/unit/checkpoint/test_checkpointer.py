@@ -313,10 +313,12 @@ def test_progress_is_told(tmp_path: Path) -> None:
 # Several ranks, all holding the same tensors
 
 
-def _replicated(c: ThreadCollective, root: Path, **options: Any) -> tuple[State, Checkpointer]:
-    torch.manual_seed(0)
-    state = State(model=nn.Sequential(*(nn.Linear(4, 4) for _ in range(6))), data=Counter(c.rank))
-    return state, Checkpointer(root, collective=c, **options)
+def _replicated(c: ThreadCollective, root: Path) -> tuple[State, Checkpointer]:
+    model = nn.Sequential(*(nn.Linear(4, 4) for _ in range(6)))
+    with torch.no_grad():
+        for number, parameter in enumerate(model.parameters()):
+            parameter.copy_(torch.arange(parameter.numel()).view_as(parameter) + 100 * number)
+    return State(model=model, data=Counter(c.rank)), Checkpointer(root, collective=c)
 
 
 def test_replicas_are_shared_out_and_come_back(tmp_path: Path) -> None:

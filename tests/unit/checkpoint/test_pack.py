@@ -1,6 +1,7 @@
 """Packs: valid safetensors files whose every byte is vouched for."""
 
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -237,3 +238,13 @@ def test_another_pack_of_the_same_size(tmp_path: Path) -> None:
     ]
     with pytest.raises(PackHeaderError, match=r"b is damaged: .* does not match the manifest"):
         PackReader(tmp_path / "b", records[0])
+
+
+def test_a_file_that_cannot_be_read_is_an_error_and_no_crash(tmp_path: Path) -> None:
+    spec = TensorSpec("t", "U8", (3 * BLOCK_BYTES,))
+    fragment = Fragment(spec, spec.whole)
+    record = _write(tmp_path / "p", {fragment: torch.zeros(spec.shape, dtype=torch.uint8)})
+    with PackReader(tmp_path / "p", record) as reader:
+        os.truncate(tmp_path / "p", record.data_start + BLOCK_BYTES)
+        with pytest.raises(OSError, match=r"Input/output error: .*/p'"):
+            reader.verify_all()
