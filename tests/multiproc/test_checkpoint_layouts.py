@@ -29,6 +29,7 @@ from everstep.trainer.data import TrainStream
 from everstep.trainer.engine import TorchEngine
 from everstep.trainer.mesh_shape import MeshShape
 from tests.support.corpora import counting_corpus
+from tests.support.format_reader import read_checkpoint
 from tests.support.spawn import RankError, run_ranks
 
 pytestmark = pytest.mark.multiproc
@@ -217,6 +218,14 @@ def test_the_number_of_data_parallel_ranks_may_change(tmp_path: Path) -> None:
             assert not restored
         saved = results[0][1]
         assert all(after == saved for _, after, _ in results)
+        assert _digests_of_another_reader(tmp_path).items() <= saved.items()
+
+
+def _digests_of_another_reader(root: Path) -> dict[str, str]:
+    """What somebody reads in the newest checkpoint who has FORMAT.md and no everstep."""
+    _, tensors = read_checkpoint(max(root.glob("step-*")))
+    assert sum(name.startswith("optimizer.") for name in tensors) > 20
+    return {n: _digest(torch.from_numpy(t)) for n, t in tensors.items() if n[:4] != "rng."}
 
 
 def test_ranks_of_a_tensor_parallel_mesh_may_change_along_dp(tmp_path: Path) -> None:

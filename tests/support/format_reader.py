@@ -1,0 +1,69 @@
+"""A reader written from checkpoint/FORMAT.md alone, without a line of everstep."""
+
+import json
+from itertools import pairwise, product
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+DTYPES = {"F32": "<f4", "I64": "<i8", "U8": "u1", "BF16": "<u2", "BOOL": "?"}
+
+
+def _crc32c(data: bytes) -> int:
+    """Bit by bit, as RFC 3720 has it."""
+    crc = 0xFFFFFFFF
+    for byte in data:
+        crc ^= byte
+        for _ in range(8):
+            crc = (crc >> 1) ^ (0x82F63B78 if crc & 1 else 0)
+    return crc ^ 0xFFFFFFFF
+
+
+def read_record(path: Path) -> dict[str, Any]:
+    data = path.read_bytes()
+    body, tail = data[: data.rindex(b',"crc32c":')], data[data.rindex(b',"crc32c":') :]
+    assert tail == b',"crc32c":"%08x"}\n' % _crc32c(body)
+    record: dict[str, Any] = json.loads(data)
+    return record
+
+
+def _cells(tensor: dict[str, Any]) -> list[tuple[list[tuple[int, int]], int]]:
+    """For each cell its [begin, end) per dim, and its pack."""
+    spans = []
+    for entry, n in zip(tensor["grid"], tensor["shape"], strict=True):
+        inner = list(range(entry, n, entry)) if isinstance(entry, int) else entry
+        edges = [0, *inner, n] if n else [0]
+        spans.append(list(pairwise(edges)))
+    packs = [first + i * step for first, count, step in tensor["packs"] for i in range(count)]
+    return list(zip(map(list, product(*spans)), packs, strict=True))
+
+
+def read_checkpoint(folder: Path) -> tuple[dict[str, Any], dict[str, np.ndarray[Any, Any]]]:
+    """The objects and all tensors of one checkpoint."""
+    manifest = read_record(folder / "manifest.json")
+    held: list[list[tuple[int, str, list[int], list[tuple[int, int]]]]] = [
+        [] for _ in manifest["packs"]
+    ]
+    found = {}
+    for name, tensor in manifest["tensors"].items():
+        dtype = np.dtype(DTYPES[tensor["dtype"]])
+        found[name] = np.zeros(tensor["shape"], dtype)
+        for cell, pack in _cells(tensor):
+            held[pack].append((-dtype.itemsize, name, [begin for begin, _ in cell], cell))
+    for pack, cells in zip(manifest["packs"], held, strict=True):
+        data = (folder / pack["file"]).read_bytes()
+        assert len(data) == pack["size_bytes"]
+        begin, end = pack["data_start"], pack["data_start"] + pack["data_bytes"]
+        assert _crc32c(data[:begin] + data[end:]) == pack["crc32c"]
+        table = np.frombuffer(data[end:], "<u4")
+        block = manifest["block_bytes"]
+        blocks = [data[at : min(at + block, end)] for at in range(begin, end, block)]
+        assert table.tolist() == [_crc32c(b) for b in blocks]
+        for _, name, _, cell in sorted(cells):
+            target = found[name][tuple(slice(*span) for span in cell)]
+            stored = np.frombuffer(data, target.dtype, target.size, begin)
+            found[name][tuple(slice(*span) for span in cell)] = stored.reshape(target.shape)
+            begin += target.nbytes
+        assert begin == end
+    return manifest["objects"], found
