@@ -11,6 +11,7 @@
 A step exists if and only if its manifest does; everything else is garbage to collect.
 """
 
+import contextlib
 import os
 import re
 import shutil
@@ -150,6 +151,9 @@ class CheckpointDirectory:
         """
         path = self.step_path(step_id)
         files = [path / "parts" / f"{rank:05d}.json" for rank in range(world_size)]
+        for file in files:
+            if not file.exists():
+                raise ManifestError(file, "the file is missing: do all ranks share this directory?")
         manifest = build_manifest([decode_part(read_bytes(f), f) for f in files])
         for directory in (path / "parts", path, self.root):
             sync_directory(directory)
@@ -175,14 +179,18 @@ class CheckpointDirectory:
         return gone
 
     def collect_garbage(self) -> list[StepId]:
-        """Delete steps that were begun and never committed.
+        """Delete steps that were begun and never committed; those that were deleted.
 
         Only for the holder of the directory's lock, before it begins a step: nobody else can own
-        one then.
+        one then. What cannot be deleted stays for the next time (a rank of a killed job may still
+        be writing into it): it is never listed.
         """
-        gone = [s for s in self._step_dirs() if not (self.step_path(s) / _MANIFEST).exists()]
-        for step_id in gone:
-            self.delete(step_id)
+        gone = []
+        for step_id in self._step_dirs():
+            if not (self.step_path(step_id) / _MANIFEST).exists():
+                with contextlib.suppress(OSError):
+                    self.delete(step_id)
+                    gone.append(step_id)
         return gone
 
     def _step_dirs(self) -> list[StepId]:

@@ -36,23 +36,21 @@ def live_tensor(name: str, tensor: torch.Tensor) -> LiveTensor:
     Raises:
         LayoutError: its layout or dtype cannot be saved.
     """
-    detached = tensor.detach()
-    if detached.dtype not in DTYPE_NAMES:
-        raise LayoutError(f"tensor {name!r}: dtype {detached.dtype} cannot be saved")
-    spec = TensorSpec(name, DTYPE_NAMES[detached.dtype], tuple(detached.shape))
-    if not isinstance(detached, DTensor):
-        _check_bytes(name, detached)
-        return LiveTensor(Fragment(spec, spec.whole), detached)
-    local = detached.to_local()
+    if tensor.dtype not in DTYPE_NAMES:
+        raise LayoutError(f"tensor {name!r}: dtype {tensor.dtype} cannot be saved")
+    spec = TensorSpec(name, DTYPE_NAMES[tensor.dtype], tuple(tensor.shape))
+    local = (tensor.to_local() if isinstance(tensor, DTensor) else tensor).detach()
     _check_bytes(name, local)
-    mesh = detached.device_mesh
+    if not isinstance(tensor, DTensor):
+        return LiveTensor(Fragment(spec, spec.whole), local)
+    mesh = tensor.device_mesh
     coordinate = mesh.get_coordinate()
     if coordinate is None:
         raise LayoutError(f"tensor {name!r} lives on a mesh that this rank is not part of")
-    box = intervals(spec.shape, tuple(detached.placements), tuple(mesh.shape), tuple(coordinate))
+    box = intervals(spec.shape, tuple(tensor.placements), tuple(mesh.shape), tuple(coordinate))
     if box.shape != tuple(local.shape) and (box.size or local.numel()):
         raise LayoutError(
-            f"tensor {name!r} of shape {spec.shape} with placements {detached.placements} on mesh "
+            f"tensor {name!r} of shape {spec.shape} with placements {tensor.placements} on mesh "
             f"{tuple(mesh.shape)}: the local shard is {tuple(local.shape)}, expected {box.shape}"
         )
     return LiveTensor(Fragment(spec, box if spec.size_bytes else spec.whole), local)

@@ -35,11 +35,14 @@ class Stateful(Protocol):
     """Anything with a plain state: scheduler, data stream, the user's own objects."""
 
     def state_dict(self) -> dict[str, Any]:
-        """The state: None, numbers, text, lists, tuples and mappings; the same on every rank."""
+        """The state, the same on every rank: None, numbers, text, lists, tuples and mappings.
+
+        Only rank 0 is asked.
+        """
         ...
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> Any:
-        """Take a state over."""
+        """Take a state over, on every rank."""
         ...
 
 

@@ -1,5 +1,6 @@
 """The directory: what is committed, forked, deleted, refused."""
 
+import errno
 import os
 import shutil
 from dataclasses import replace
@@ -66,7 +67,7 @@ def test_a_step_exists_once_its_manifest_does(directory: CheckpointDirectory) ->
     directory.create_generation(None, {"dp": 2})
     step_id = StepId(1, 7)
     _put_part(directory, step_id, 0)
-    with pytest.raises(ManifestError, match=r"00001\.json is damaged: the file is missing"):
+    with pytest.raises(ManifestError, match=r"00001\.json .* missing: do all ranks share this"):
         directory.commit(step_id, 2)
     _put_part(directory, step_id, 1)
     assert directory.committed() == []
@@ -156,6 +157,26 @@ def test_half_written_steps_are_garbage(directory: CheckpointDirectory) -> None:
         "step-00000010-g00001",
         "step-notes",
     ]
+
+
+def test_garbage_that_cannot_be_deleted_stays_for_the_next_time(
+    directory: CheckpointDirectory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for step in (10, 20):
+        _put_part(directory, StepId(1, step), 0)
+    real = shutil.rmtree
+
+    def not_empty(path: Path) -> None:
+        """A rank of a killed job has just made one more file."""
+        if "10" in path.name:
+            raise OSError(errno.ENOTEMPTY, os.strerror(errno.ENOTEMPTY))
+        real(path)
+
+    monkeypatch.setattr(shutil, "rmtree", not_empty)
+    assert directory.collect_garbage() == [StepId(1, 20)]
+    monkeypatch.undo()
+    assert directory.committed() == []
+    assert directory.collect_garbage() == [StepId(1, 10)]
 
 
 def test_deleting_takes_the_manifest_first(
