@@ -18,7 +18,9 @@ from everstep.checkpoint.errors import (
     StateError,
     StateMismatchError,
 )
+from everstep.checkpoint.layout import TensorSpec
 from everstep.checkpoint.torch_layout import DTYPES, live_tensor
+from everstep.checkpoint.torch_optimizer import materialise
 from everstep.checkpoint.torch_state import (
     State,
     load_objects,
@@ -291,6 +293,21 @@ def test_how_updates_are_computed_is_up_to_the_run(tmp_path: Path) -> None:
     group = loaded.optimizer.param_groups[0]
     assert (group["fused"], group["foreach"], group["lr"]) == (False, True, 0.1)
     train_step(loaded)
+
+
+@pytest.mark.parametrize("fused", [True, False])
+def test_state_is_made_where_the_optimizer_wants_it(fused: bool) -> None:
+    parameter = nn.Parameter(torch.zeros((), device="meta"))
+    optimizer = torch.optim.AdamW([parameter], foreach=not fused)
+    optimizer.param_groups[0]["fused"] = fused
+    stored = {
+        f"optimizer.p.{key}": TensorSpec(f"optimizer.p.{key}", "F32", ())
+        for key in ("step", "exp_avg")
+    }
+    materialise(optimizer, {parameter: "p"}, stored)
+    made = optimizer.state[parameter]
+    assert made["exp_avg"].device.type == "meta"
+    assert made["step"].device.type == ("meta" if fused else "cpu")
 
 
 def test_an_optimizer_of_another_model_is_refused() -> None:
