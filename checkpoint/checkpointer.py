@@ -121,10 +121,11 @@ class Checkpointer:
             on_bytes: called on each rank with the bytes written so far.
 
         Raises:
-            SaveFailedError: some rank could not write; nothing of the step is kept.
+            SaveFailedError: some rank could not save; causes by rank, nothing of the step is kept.
             StepExistsError: this step was saved already.
             DirectoryInUseError: another job writes to the directory.
-            CheckpointError: it would leave behind what is there already.
+            CheckpointError: the step lies before one that was saved, or the directory cannot be
+                written to.
         """
         begun_s = time.monotonic()
         self._check_step(step)
@@ -141,7 +142,7 @@ class Checkpointer:
         if captured.causes:
             raise SaveFailedError(step, captured.causes) from captured.error
         self._plan.update(captured.results)
-        step_id = StepId(self._begin_generation(), step)
+        step_id = StepId(self._begin_generation(step), step)
         done = agree(
             self._collective, "written", lambda: self._write(step_id, live, context, on_bytes)
         )
@@ -235,24 +236,31 @@ class Checkpointer:
         if self._claimed or self._read_only:
             return
 
-        def lock() -> None:
-            lock = DirectoryLock(self._directory.root)
+        def claim() -> None:
             try:
+                self._lock = DirectoryLock(self._directory.root)
                 self._directory.collect_garbage()
-            except BaseException:
-                lock.release()
-                raise
-            self._lock = lock
+            except OSError as e:
+                self.close()
+                raise CheckpointError(
+                    f"checkpoints cannot be kept in {self._directory.root}: {describe(e)}"
+                ) from e
 
-        on_rank0(self._collective, "claim", lock)
+        on_rank0(self._collective, "claim", claim)
         self._claimed = True
 
-    def _begin_generation(self) -> int:
+    def _begin_generation(self, step: int) -> int:
+        """The number of this attempt; its first save creates the generation."""
         if self._generation is None:
-            self._generation = on_rank0(self._collective, "generation", self._new_generation)
+            begun = agree(self._collective, "generation", self._new_generation)
+            if begun.causes:
+                raise SaveFailedError(step, begun.causes) from begun.error
+            self._generation = int(begun.results[0])
         return self._generation
 
-    def _new_generation(self) -> int:
+    def _new_generation(self) -> int | None:
+        if self._collective.rank != 0:
+            return None
         lineage = self._directory.lineage()
         if self._parent is None and lineage:
             raise CheckpointError(

@@ -114,7 +114,7 @@ def test_saving_where_an_earlier_run_saved_is_refused(tmp_path: Path) -> None:
     with Checkpointer(tmp_path) as checkpointer:
         checkpointer.save(7, state)
     with Checkpointer(tmp_path) as checkpointer:
-        with pytest.raises(CheckpointError, match=r"earlier run, up to step 7: load\(\) one"):
+        with pytest.raises(SaveFailedError, match=r"earlier run, up to step 7: load\(\) one"):
             checkpointer.save(8, state)
         assert checkpointer.steps() == [7]
         assert len(list((tmp_path / "generations").iterdir())) == 1
@@ -188,7 +188,7 @@ def test_a_directory_that_cannot_be_listed_is_not_left_locked(
     checkpointer = Checkpointer(tmp_path)
     with monkeypatch.context() as broken:
         broken.setattr(CheckpointDirectory, "collect_garbage", _no_space)
-        with pytest.raises(OSError, match="No space left"):
+        with pytest.raises(CheckpointError, match=r"cannot be kept in .*: No space left on device"):
             checkpointer.load(state)
     assert checkpointer.load(state) == 0
     checkpointer.close()
@@ -221,6 +221,21 @@ def test_a_full_disk_fails_the_save_and_nothing_else(
         assert bits(state) == wanted
         checkpointer.save(2, state)
         assert checkpointer.steps() == [1, 2]
+
+
+@pytest.mark.parametrize("call", ["write", "fsync", "link", "mkdir"])
+def test_a_disk_that_is_full_from_the_beginning(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: str
+) -> None:
+    state = tiny_state()
+    with Checkpointer(tmp_path) as checkpointer:
+        checkpointer.load(state)
+        with monkeypatch.context() as full:
+            full.setattr(os, call, _no_space)
+            with pytest.raises(SaveFailedError, match="rank 0: No space left on device"):
+                checkpointer.save(1, state)
+        checkpointer.save(1, state)
+        assert checkpointer.steps() == [1]
 
 
 def test_checkpoints_that_cannot_be_deleted_do_not_stop_the_run(
@@ -421,7 +436,7 @@ def test_every_rank_raises_the_same_kind_of_error(tmp_path: Path) -> None:
 
     assert run_threads(save, 2) == [None, None]
     again = run_threads(save, 2)
-    assert [type(e) for e in again] == [CheckpointError] * 2
+    assert [type(e) for e in again] == [SaveFailedError] * 2
     assert str(again[0]) == str(again[1])
     with DirectoryLock(tmp_path):
         in_use = run_threads(save, 2)
