@@ -239,6 +239,7 @@ class Checkpointer:
         def claim() -> None:
             try:
                 self._lock = DirectoryLock(self._directory.root)
+                self._directory.check_writable()
                 self._directory.collect_garbage()
             except OSError as e:
                 self.close()

@@ -26,6 +26,7 @@ from everstep.checkpoint.lineage import (
     StepId,
     decode_generation,
     encode_generation,
+    first_generation,
     in_lineage,
 )
 from everstep.checkpoint.manifest import (
@@ -55,15 +56,40 @@ class CheckpointDirectory:
         """Directory of one checkpoint, committed or not."""
         return self.root / f"step-{step_id.step:08d}-g{step_id.generation:05d}"
 
+    def check_writable(self) -> None:
+        """Fail now, as a save would in an hour.
+
+        Raises:
+            OSError: as the file system reports it.
+        """
+        make_directory(self.root / "generations")
+        for folder in (self.root, self.root / "generations"):
+            probe = folder / ".writable"
+            probe.touch()
+            probe.unlink()
+
     def generations(self) -> dict[int, Generation]:
-        """All generations by number; raises ManifestError where one is damaged."""
+        """All generations by number.
+
+        The first one needs no record: a damaged or missing one costs nothing.
+
+        Raises:
+            ManifestError: the record of a later one is damaged.
+        """
         found = {}
+        if any(step_id.generation == 1 for step_id in self._step_dirs()):
+            found[1] = first_generation()
         for path in sorted(self._list(self.root / "generations")):
             if match := _GENERATION_NAME.fullmatch(path.name):
-                generation = decode_generation(read_bytes(path), path)
-                if generation.number != int(match[1]):
-                    raise ManifestError(path, f"it says that it is number {generation.number}")
-                found[generation.number] = generation
+                number = int(match[1])
+                try:
+                    found[number] = decode_generation(read_bytes(path), path)
+                except ManifestError:
+                    if number != 1:
+                        raise
+                    found[number] = first_generation()
+                if found[number].number != number:
+                    raise ManifestError(path, f"it says that it is number {found[number].number}")
         return found
 
     def create_generation(
@@ -74,8 +100,10 @@ class CheckpointDirectory:
         make_directory(folder)
         while True:
             names = (_GENERATION_NAME.fullmatch(p.name) for p in folder.iterdir())
+            taken = [int(match[1]) for match in names if match]
+            taken += [step_id.generation for step_id in self._step_dirs()]
             generation = Generation(
-                number=1 + max((int(match[1]) for match in names if match), default=0),
+                number=1 + max(taken, default=0),
                 parent=parent.generation if parent else None,
                 fork_step=parent.step if parent else None,
                 created_s=time.time() if now_s is None else now_s,
@@ -105,7 +133,11 @@ class CheckpointDirectory:
         for step_id in committed:
             if step_id.generation not in generations:
                 path = self._generation_path(step_id.generation)
-                raise ManifestError(path, f"the file is missing, step {step_id.step} needs it")
+                raise ManifestError(
+                    path,
+                    f"the file is missing, step {step_id.step} needs it to tell which earlier "
+                    "steps belong to the same run: restore it from a copy of the directory",
+                )
         return in_lineage(generations, committed)
 
     def find(self, step: int | None) -> StepId | None:

@@ -55,6 +55,9 @@ class StateMismatchError(CheckpointError):
         )
 
 
+IS_DAMAGED = "is damaged"
+
+
 class DamagedError(CheckpointError):
     """Base of all damage found while reading: the file named is not what was written."""
 
@@ -63,7 +66,7 @@ class DamagedError(CheckpointError):
         self.path, self.what = str(path), what
 
     def __str__(self) -> str:
-        return f"{self.path} is damaged: {self.what}"
+        return f"{self.path} {IS_DAMAGED}: {self.what}"
 
 
 class PackHeaderError(DamagedError):
@@ -155,7 +158,10 @@ class SaveFailedError(RankFailures):
     doing = "saving"
 
     def way_out(self) -> str:
-        return ". Nothing of it was kept; earlier checkpoints are untouched"
+        return (
+            ". Nothing of it was kept; earlier checkpoints are untouched: mend the cause (make "
+            "room, give permission), and start the same run again"
+        )
 
 
 class LoadFailedError(RankFailures):
@@ -170,8 +176,8 @@ class LoadFailedError(RankFailures):
         self.step, self.causes, self.others = step, dict(causes), others or []
 
     def way_out(self) -> str:
-        if not self.others:
-            return ""
+        if not self.others or not any(IS_DAMAGED in cause for cause in self.causes.values()):
+            return ""  # another step would not help
         have = ", ".join(map(str, self.others[-5:]))
         return f". Other checkpoints of this run: {have}; resume from one with --resume STEP"
 

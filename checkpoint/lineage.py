@@ -69,6 +69,14 @@ def decode_generation(data: bytes, path: Path | str) -> Generation:
     return Generation(**{f.name: m[f.name] for f in fields(Generation)})
 
 
+def first_generation() -> Generation:
+    """What the record of generation 1 says about lineage, whatever became of its file.
+
+    A parent has a smaller number, so that the first generation has none.
+    """
+    return Generation(number=1, parent=None, fork_step=None, created_s=0.0, mesh={})
+
+
 def _natural(value: object) -> bool:
     return type(value) is int and value >= 0
 

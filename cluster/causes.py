@@ -35,6 +35,10 @@ _MEMORY_ERRORS = frozenset({"OutOfMemoryError", "MemoryError"})
 _LESS_MEMORY = (
     "use a smaller data.micro_batch, parallel.activation_checkpointing=true, or more ranks"
 )
+_HUNG = (
+    "another rank hangs or is slower than parallel.timeout_s: their logs and stacks (SIGUSR1) say "
+    "which, or raise parallel.timeout_s"
+)
 _SIGNAL_ADVICE = {
     "SIGKILL": f"often the out-of-memory killer: {_LESS_MEMORY}",
     "SIGSEGV": "a crash in native code: its log shows where",
@@ -138,10 +142,12 @@ def _from_error(error: Mapping[str, Any]) -> _Failure:
     else:
         detail = one_line(message)
         sentence = f"failed with {type_name}: {detail}" if detail else f"failed with {type_name}"
-        if type_name in _MEMORY_ERRORS:
+        if type_name in _MEMORY_ERRORS or "can't allocate memory" in message:
             sentence = f"{sentence.rstrip('.')}; {_LESS_MEMORY}"
         elif "No space left on device" in message:
             sentence = f"{sentence}; make room on that disk, and start again"
+        elif "timed out" in message.lower() and error_lost_peer(type_name, message):
+            sentence = f"{sentence}; {_HUNG}"
     lost_peer = not deliberate and error_lost_peer(type_name, message)
     return _Failure(
         rank=int(error["rank"]),

@@ -32,18 +32,18 @@ class Line:
     is_error: bool = False
 
 
-def closing_lines(outcome: Outcome, logs: Path, world_size: int) -> list[Line]:
-    """The last lines of a run, the most important first."""
+def closing_lines(outcome: Outcome, logs: Path, world_size: int, again: str) -> list[Line]:
+    """The last lines of a run, the most important first; ``again`` is how to go on with it."""
     if outcome.exit_code == exit_codes.DONE:
         return []
     if outcome.exit_code == exit_codes.STOPPED:
-        return [Line(_stopped(outcome))]
+        return [Line(_stopped(outcome)), _go_on(outcome, again)]
     if outcome.exit_code == exit_codes.INTERRUPTED:
-        return [Line("stopped at once, without saving"), Line(_go_on(outcome))]
+        return [Line("stopped at once, without saving"), _go_on(outcome, again)]
     lines = [Line(f"error: {_what_failed(outcome, world_size)}", is_error=True)]
     lines += [Line(f"       {text}", is_error=True) for text in _where(outcome, logs)]
     if outcome.saved_step is not None:
-        lines.append(Line(f"       {_go_on(outcome)}", is_error=True))
+        lines.append(Line(f"       {_go_on(outcome, again).text}", is_error=True))
     return lines
 
 
@@ -72,11 +72,10 @@ def _where(outcome: Outcome, logs: Path) -> Sequence[str]:
 
 def _stopped(outcome: Outcome) -> str:
     if outcome.saved_step is None:
-        return "stopped before anything new was to be saved; the same command goes on"
-    return f"stopped, step {outcome.saved_step} is saved; the same command goes on from there"
+        return "stopped before anything new was to be saved"
+    return f"stopped, step {outcome.saved_step} is saved"
 
 
-def _go_on(outcome: Outcome) -> str:
-    if outcome.saved_step is None:
-        return "the same command goes on from what was saved before"
-    return f"step {outcome.saved_step} is saved; the same command goes on from there"
+def _go_on(outcome: Outcome, again: str) -> Line:
+    saved = "what was saved before" if outcome.saved_step is None else f"step {outcome.saved_step}"
+    return Line(f"to go on from {saved}: {again}")

@@ -29,6 +29,7 @@ from everstep.cluster.local_driver import DEFAULT_PRELOAD, DEFAULT_TARGET, Local
 from everstep.cluster.log_tail import BEFORE_RANKS, LogTail
 from everstep.cluster.run_dir import RunDir, prepare_run_dir
 from everstep.cluster.stop_signals import StopSignals
+from everstep.trainer.commands import resume_command
 from everstep.trainer.config import RunConfig
 from everstep.trainer.config_load import dump_config
 from everstep.trainer.events import EventLog
@@ -285,7 +286,8 @@ def _tell(
     events: EventLog,
     world_size: int,
 ) -> None:
-    for line in closing_lines(outcome, run_dir.logs, world_size):
+    again = resume_command(run_dir.path, world_size)
+    for line in closing_lines(outcome, run_dir.logs, world_size, again):
         if line.is_error:
             say(errors, line.text)
         else:

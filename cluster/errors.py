@@ -34,8 +34,8 @@ class RunDirError(ClusterError):
 
     def __str__(self) -> str:
         return (
-            f"the run directory {self.directory} cannot be used ({self.why}): choose another one "
-            "with --run-dir"
+            f"the run directory {self.directory} cannot be used ({self.why}): make that right to "
+            "go on with its run, or choose another one with --run-dir"
         )
 
 

@@ -172,7 +172,9 @@ class _Shown:
         if self._error is None:
             if self.view is not None:
                 outcome = Outcome(exit_code=code, saved_step=self._saved_step)
-                for line in closing_lines(outcome, self._log.parent, self._spec.world_size):
+                again = "start the same command again"
+                logs, ranks = self._log.parent, self._spec.world_size
+                for line in closing_lines(outcome, logs, ranks, again):
                     self.view.line(line.text)
                 self.view.show_summary()
             return code

@@ -86,6 +86,8 @@ def run(parent_pid: int, log: str, fds: Sequence[int]) -> NoReturn:
         signal.signal(signal.SIGTERM, link.stop)
         order = link.receive_order()
         if order["rank"] is None:
+            # Ranks that a signal to everybody asks to stop need the store to the end.
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)
             link.stamp(rank=None)
             listener = socket.socket(fileno=fds[1])
             code = work(

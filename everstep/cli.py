@@ -103,7 +103,7 @@ def train(
         typer.Option(
             metavar="auto|never|STEP",
             help="Go on from the newest checkpoint of the run directory if it has one, from "
-            "none, or from that of STEP.",
+            "none, or from that of STEP (later ones are deleted with the first save).",
         ),
     ] = "auto",
     run_dir: Annotated[

@@ -1,5 +1,6 @@
 """The torch engine of one rank: forward, backward, update, evaluation, on any mesh."""
 
+import math
 from collections.abc import Iterable, Sequence
 from typing import Protocol
 
@@ -10,6 +11,7 @@ from torch import Tensor, nn
 from everstep.checkpoint.torch_state import State
 from everstep.trainer.config import RunConfig
 from everstep.trainer.data import MicroBatch, TrainStream
+from everstep.trainer.errors import ConfigError
 from everstep.trainer.init import materialise
 from everstep.trainer.loss import token_loss_sum
 from everstep.trainer.mesh import build_mesh
@@ -27,7 +29,10 @@ class Engine(Protocol):
         ...
 
     def apply_gradients(self) -> float:
-        """Clip, update, clear; the global gradient norm before clipping."""
+        """Clip, update, clear; the global gradient norm before clipping.
+
+        Where the norm is not a number, parameters and optimizer stay as they were.
+        """
         ...
 
     def evaluate(self, batches: Iterable[MicroBatch]) -> Tensor:
@@ -53,6 +58,7 @@ class TorchEngine:
         self, config: RunConfig, shape: MeshShape, device: torch.device, vocab_size: int
     ) -> None:
         self.device = device
+        self._vocab_size = vocab_size
         self.mesh = build_mesh(shape, device.type)
         model = build_model(
             config.model,
@@ -102,6 +108,8 @@ class TorchEngine:
     def apply_gradients(self) -> float:
         """See ``Engine``."""
         norm = clip_gradients(self.model.parameters(), self._clip_norm)
+        if not math.isfinite(norm):
+            return norm
         self.optimizer.step()
         self.scheduler.step()
         self.optimizer.zero_grad(set_to_none=True)
@@ -130,7 +138,14 @@ class TorchEngine:
         tokens_BL = torch.from_numpy(batch.tokens_BL).to(self.device, non_blocking=True)
         targets_BL = torch.from_numpy(batch.targets_BL).to(self.device, non_blocking=True)
         sample_B = torch.from_numpy(batch.sample_B).to(self.device, non_blocking=True)
-        return token_loss_sum(logits_of(self.model, tokens_BL, sample_B), targets_BL)
+        logits_BLV = logits_of(self.model, tokens_BL, sample_B)
+        shape, wanted = tuple(logits_BLV.shape), (*tokens_BL.shape, self._vocab_size)
+        if len(shape) != 3 or shape[:2] != wanted[:2] or shape[2] < wanted[2]:
+            raise ConfigError(
+                f"the model of model.factory returned shape {shape}, expected logits (batch, "
+                f"sequence, vocabulary) of shape {wanted}: one row per token, at least"
+            )
+        return token_loss_sum(logits_BLV, targets_BL)
 
 
 def sum_over_ranks(values: Tensor, tp: int) -> list[float]:

@@ -12,15 +12,16 @@ class DataError(EverstepError):
 
 
 class TrainingError(EverstepError):
-    """The loss is not a number any more; nothing is saved, so the last checkpoint is a good one."""
+    """Loss or gradient are not numbers any more; nothing of that step was applied or saved."""
 
-    def __init__(self, step: int, loss: float, saved_step: int) -> None:
-        super().__init__(step, loss, saved_step)
-        self.step, self.loss, self.saved_step = step, loss, saved_step
+    def __init__(self, step: int, what: str, value: float, saved_step: int) -> None:
+        super().__init__(step, what, value, saved_step)
+        self.step, self.what, self.value, self.saved_step = step, what, value, saved_step
 
     def __str__(self) -> str:
-        resume = f"resume from step {self.saved_step}" if self.saved_step else "start again"
+        resume = f"go on from step {self.saved_step}" if self.saved_step else "start again"
         return (
-            f"the loss of step {self.step} is {self.loss}: training has diverged; {resume} with a "
-            "lower optim.lr, more optim.warmup_steps or optim.clip_norm"
+            f"the {self.what} of step {self.step} is {self.value}: training has diverged; {resume} "
+            "with a lower optim.lr, more optim.warmup_steps or a lower optim.clip_norm; where the "
+            "loss had begun to rise before that, resume an earlier step"
         )

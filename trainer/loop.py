@@ -50,7 +50,7 @@ def train(run: Run) -> bool:
         True when all steps are done, False when it stopped on request.
 
     Raises:
-        TrainingError: the loss is no longer a number.
+        TrainingError: loss or gradient are no longer numbers; nothing of that step is saved.
         SaveFailedError: a checkpoint could not be written.
     """
     config, engine = run.config, run.engine
@@ -68,8 +68,10 @@ def train(run: Run) -> bool:
         total, askers = sum_over_ranks(torch.stack([loss_sum, asked]), run.shape.tp)
         loss, stop = total / tokens_per_step, askers > 0
         if not math.isfinite(loss):
-            raise TrainingError(step, loss, run.saved_step)
+            raise TrainingError(step, "loss", loss, run.saved_step)
         grad_norm = engine.apply_gradients()
+        if not math.isfinite(grad_norm):
+            raise TrainingError(step, "gradient norm", grad_norm, run.saved_step)
         run.done_steps = step
 
         step_time_s = time.perf_counter() - began_s

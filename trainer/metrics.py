@@ -54,7 +54,7 @@ class JsonlSink:
     def __init__(self, path: Path, after_step: int) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         if path.exists():
-            kept, superseded = split_lines(path.read_text(), after_step)
+            kept, superseded = split_lines(path.read_text(errors="replace"), after_step)
             if superseded:
                 with path.with_name(SUPERSEDED_FILE).open("a") as f:
                     f.write("".join(superseded))

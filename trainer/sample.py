@@ -1,7 +1,7 @@
 """Text from a model, as a look at what it has learnt; works on every layout, without a cache."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.distributed as dist
@@ -13,6 +13,8 @@ from everstep.trainer.sharded_weights import axis_size
 
 _STEP = 64
 """Windows grow by this many tokens, so that early tokens are cheap and compiled shapes are few."""
+_STOP = -1
+"""In place of a token: rank 0 was asked to stop."""
 
 
 @torch.no_grad()
@@ -24,12 +26,14 @@ def generate(
     seed: int,
     seq_len: int,
     vocab_size: int | None = None,
+    should_stop: Callable[[], bool] = lambda: False,
 ) -> list[int]:
     """``prompt`` continued by ``n_tokens`` sampled tokens; the same list on every rank.
 
     Every rank calls it, with the same arguments. ``temperature`` 0 takes the likeliest token.
     Only the last ``seq_len`` tokens are looked at; only ids below ``vocab_size`` (the tokenizer's;
-    None: any) are drawn. Raises ValueError for an empty prompt. Each token costs a forward pass.
+    None: any) are drawn. It ends early once ``should_stop`` of rank 0 says so. Each token costs a
+    forward pass. Raises ValueError for an empty prompt.
     """
     if not prompt:
         raise ValueError("the prompt is empty: give at least one token")
@@ -47,7 +51,10 @@ def generate(
         if isinstance(logits_V, DTensor):
             logits_V = logits_V.full_tensor()
         choice = _draw(logits_V[:vocab_size].double().cpu(), temperature, generator)
-        ids.append(_agreed(choice, device))
+        agreed = _agreed(_STOP if should_stop() else choice, device)
+        if agreed == _STOP:
+            break
+        ids.append(agreed)
     model.train(training)
     return ids
 

@@ -1,11 +1,14 @@
 """What a finished run tells its user: one screen of at most 100 columns."""
 
 import math
+import shlex
 import textwrap
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from torch import nn
+
+from everstep.trainer.commands import resume_command
 
 if TYPE_CHECKING:
     from everstep.trainer.loop import Run
@@ -14,14 +17,17 @@ WIDTH = 98
 SAMPLE_LINES = 12
 
 
-def summarise(run: "Run", run_dir: Path, sample: str | None) -> list[str]:
-    """The closing lines of a run that has done all its steps."""
+def summarise(run: "Run", run_dir: Path, nproc: int | None, sample: str | None) -> list[str]:
+    """The closing lines of a run that has done all its steps.
+
+    ``nproc`` is what to suggest for ``--nproc``; None where another launcher decides.
+    """
     config, corpus = run.config, run.corpus
     tokens = config.train.steps * config.data.global_batch * config.data.seq_len
     epochs = run.stream.position / run.stream.samples_per_epoch
     lines = [
         f"Trained {count_parameters(run.engine.model) / 1e6:.2f} M parameters on {run.shape}",
-        f"  data         {corpus.name}: {tokens / 1e6:.2f} M tokens seen, {epochs:.2f} epochs",
+        f"  data         {corpus.name}: {tokens / 1e6:.3g} M tokens seen, {epochs:.2f} epochs",
     ]
     if math.isfinite(run.first_loss):
         lines.append(f"  train loss   {run.first_loss:.3f} -> {run.last_loss:.3f} nats per token")
@@ -35,15 +41,17 @@ def summarise(run: "Run", run_dir: Path, sample: str | None) -> list[str]:
     )
     if sample is not None:
         lines += ["", "What it writes now:", *_indent(sample)]
-    resume = f"--run-dir {run_dir} train.steps={2 * config.train.steps}"
+    more = resume_command(run_dir, nproc, f"train.steps={2 * config.train.steps}")
     lines += [
         "",
         f"Everything is in {run_dir}/",
         "  metrics.jsonl  loss of every step    config.yaml  the resolved run",
         f"  checkpoints/   step {run.saved_step} is durable    logs/  of every rank",
         "Try next:",
-        f"  everstep train {config.name} {resume}    (goes on from here)",
-        f"  everstep config show {config.name}    (everything that can be changed)",
+        f"  {more}",
+        "      goes on from here, twice as far",
+        f"  {shlex.join(['everstep', 'config', 'show', str(run_dir / 'config.yaml')])}",
+        "      everything that can be changed",
     ]
     return lines
 

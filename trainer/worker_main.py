@@ -1,6 +1,7 @@
 """One rank of a run, from its spec to its exit code; the same under every launcher."""
 
 import time
+import warnings
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -55,6 +56,8 @@ def run_rank(spec: RankSpec, report: Reporter, should_stop: StopRequested) -> in
     config = parse_config(spec.config_yaml, f"{spec.run_dir}/config.yaml")
     shape = resolve_mesh(config.mesh, spec.world_size)
     check_config(config, shape)
+    # Any model that ends in a plain layer makes FSDP2 say this; in-place operations are its own.
+    warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
     device = _choose_device(config, spec)
     _join_group(config, spec, device)
     code = _run(spec, config, shape, device, say if spec.rank == 0 else _mute, should_stop)
@@ -114,8 +117,15 @@ def _run(
         if not finished:
             say("stopped", step=run.done_steps)
             return EXIT_STOPPED
+        if done_steps >= config.train.steps:
+            say(
+                "message",
+                text=f"step {done_steps} is done already and train.steps={config.train.steps}: "
+                "raise train.steps to go on",
+            )
         sample = _sample(run)
-        say("summary", lines=summarise(run, run_dir, sample))
+        nproc = spec.world_size if spec.store else None
+        say("summary", lines=summarise(run, run_dir, nproc, sample))
         say("done", step=run.done_steps)
         return EXIT_DONE
 
@@ -193,11 +203,19 @@ def _resume(
             )
         return None
     step = None if spec.resume == "auto" else int(spec.resume)
+    steps = checkpointer.steps()
     checkpointer.load(engine.state(stream), step)
     info = checkpointer.loaded
     if info is not None:
         engine.follow_config()
         say("resumed", step=info.step, path=info.path)
+        if left := [s for s in steps if s > info.step]:
+            say(
+                "message",
+                text=f"going on from step {info.step}: the first save from here deletes the later "
+                f"{'steps' if len(left) > 1 else 'step'} {', '.join(map(str, left))} of this run "
+                "directory (to keep them, copy it first)",
+            )
         if not info.rng_restored:
             say(
                 "message",
@@ -212,6 +230,7 @@ def _sample(run: Run) -> str | None:
     n_tokens = run.config.train.sample_tokens
     if not n_tokens:
         return None
+    run.say("message", text=f"writing {n_tokens} tokens of text as a sample")
     prompt = run.corpus.encode(SAMPLE_PROMPT)
     ids = generate(
         run.engine.model,
@@ -221,6 +240,7 @@ def _sample(run: Run) -> str | None:
         seed=run.config.seed,
         seq_len=run.config.data.seq_len,
         vocab_size=run.corpus.vocab_size,
+        should_stop=run.should_stop,
     )
     return run.corpus.decode(ids)
 

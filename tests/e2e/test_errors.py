@@ -162,6 +162,35 @@ def test_a_rank_that_raises_is_named_first(small_run: Path) -> None:
     assert "Traceback" in trace
 
 
+def test_a_gradient_that_is_no_number_is_never_saved(small_run: Path) -> None:
+    (small_run / "nan_model.py").write_text(NAN_MODEL)
+    fails(
+        small_run,
+        "run.yaml",
+        "--run-dir",
+        "r",
+        "model.factory=nan_model:make",
+        *FAST,
+        "checkpoint.every_steps=1",
+        code=1,
+        says=["the gradient norm of step 3 is nan", "go on from step 2"],
+    )
+    assert cli.committed_steps(small_run / "r") == [1, 2]
+    assert sorted(cli.losses(small_run / "r")) == [1, 2]
+
+
+def test_a_model_without_a_row_of_logits_per_token_is_named(small_run: Path) -> None:
+    (small_run / "narrow_model.py").write_text(NARROW_MODEL)
+    fails(
+        small_run,
+        "run.yaml",
+        "model.factory=narrow_model:make",
+        *FAST,
+        code=2,
+        says=["model.factory returned shape", "expected logits"],
+    )
+
+
 def test_resume_never_and_missing_step_are_refused(small_run: Path) -> None:
     code, output = cli.run("train", "run.yaml", "--run-dir", "r", *FAST, cwd=small_run)
     assert code == 0, output
@@ -181,6 +210,36 @@ def test_other_text_or_model_cannot_be_resumed(small_run: Path) -> None:
     fails(small_run, *more, code=1, says=["text", "began with"])
 
 
+NAN_MODEL = """
+import torch
+from torch import nn
+
+
+class Nan(nn.Module):
+    def __init__(self, vocab_size):
+        super().__init__()
+        self.embed = nn.Embedding(vocab_size, 16)
+        self.head = nn.Linear(16, vocab_size)
+        self.calls = 0
+
+    def forward(self, tokens):
+        self.calls += 1
+        x = self.embed(tokens)
+        if self.calls == 3:
+            x.register_hook(lambda gradient: gradient * float("nan"))
+        return self.head(x)
+
+
+def make(vocab_size, seq_len):
+    return Nan(vocab_size)
+"""
+NARROW_MODEL = """
+from torch import nn
+
+
+def make(vocab_size, seq_len):
+    return nn.Sequential(nn.Embedding(vocab_size, 16), nn.Linear(16, 7))
+"""
 BROKEN_MODEL = """
 import torch.distributed as dist
 from torch import nn

@@ -1,5 +1,6 @@
 """Asked to stop: the step is finished, the state saved, the exit code says so, nothing is left."""
 
+import os
 import signal
 import time
 from pathlib import Path
@@ -21,15 +22,17 @@ def started(run: cli.Command, run_dir: Path, steps: int = 3) -> None:
     assert run.process.poll() is None, run.output
 
 
-@pytest.mark.parametrize("how", ["ctrl-c", "sigterm"])
+@pytest.mark.parametrize("how", ["ctrl-c", "sigterm", "sigterm to all"])
 def test_stops_after_the_step_and_goes_on_later(small_run: Path, how: str) -> None:
     run_dir = small_run / "r"
     with cli.command("train", "run.yaml", "--run-dir", "r", *LONG, cwd=small_run) as run:
         started(run, run_dir)
         if how == "ctrl-c":
             run.interrupt()
-        else:
+        elif how == "sigterm":
             run.process.send_signal(signal.SIGTERM)
+        else:
+            os.killpg(run.process.pid, signal.SIGTERM)
         assert run.wait(60) == STOPPED, run.output
         run.assert_nothing_left()
     done = cli.metrics(run_dir)[-1]["step"]
@@ -40,6 +43,17 @@ def test_stops_after_the_step_and_goes_on_later(small_run: Path, how: str) -> No
     )
     assert code == 0, output
     assert sorted(cli.losses(run_dir)) == list(range(1, done + 3))
+
+
+def test_ctrl_c_while_the_sample_is_written_ends_it(small_run: Path) -> None:
+    few = ("train.steps=2", "train.eval_every=0", "train.eval_batches=0")
+    more = (*few, "train.sample_tokens=1000000")
+    with cli.command("train", "run.yaml", "--run-dir", "r", *more, cwd=small_run) as run:
+        assert cli.wait_until(lambda: "as a sample" in run.output), run.output
+        run.interrupt()
+        assert run.wait(60) == 0, run.output
+        run.assert_nothing_left()
+    assert "What it writes now" in run.output
 
 
 def test_second_ctrl_c_stops_at_once_and_breaks_nothing(small_run: Path) -> None:

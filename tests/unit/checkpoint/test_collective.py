@@ -151,6 +151,9 @@ def test_every_error_is_in_the_list() -> None:
 def test_ranks_with_the_same_cause_are_named_together() -> None:
     text = str(errors.SaveFailedError(3, {0: "full", 2: "full", 1: "broken"}))
     assert text.startswith("saving step 3 failed: ranks 0, 2: full; rank 1: broken. Nothing of it")
-    text = str(errors.LoadFailedError(3, {1: "odd"}, [1, 2]))
-    assert text.endswith("rank 1: odd. Other checkpoints of this run: 1, 2; resume from one with "
-                         "--resume STEP")  # fmt: skip
+    text = str(errors.LoadFailedError(3, {1: "a.pack is damaged: odd"}, [1, 2]))
+    assert text.endswith(
+        "rank 1: a.pack is damaged: odd. Other checkpoints of this run: 1, 2; resume from one with "
+        "--resume STEP"
+    )
+    assert "--resume" not in str(errors.LoadFailedError(3, {1: "other data"}, [1, 2]))

@@ -199,17 +199,35 @@ def test_deleting_takes_the_manifest_first(
 
 def test_a_lost_generation_is_named(directory: CheckpointDirectory) -> None:
     directory.create_generation(None, {})
-    _save(directory, 1, 10)
-    (directory.root / "generations" / "00001.json").unlink()
-    with pytest.raises(ManifestError, match=r"00001\.json is damaged: .* step 10 needs it"):
+    (parent,) = _save(directory, 1, 10)
+    directory.create_generation(parent, {})
+    _save(directory, 2, 20)
+    (directory.root / "generations" / "00002.json").unlink()
+    with pytest.raises(ManifestError, match=r"00002\.json is damaged: .* step 20 needs it"):
         directory.find(None)
+
+
+@pytest.mark.parametrize("lost", [True, False])
+def test_the_first_generation_needs_no_record(directory: CheckpointDirectory, lost: bool) -> None:
+    directory.create_generation(None, {})
+    saved = _save(directory, 1, 10)
+    path = directory.root / "generations" / "00001.json"
+    if lost:
+        path.unlink()
+    else:
+        path.write_bytes(path.read_bytes()[:-5])
+    assert directory.lineage() == saved
+    assert directory.create_generation(saved[0], {}).number == 2
+    assert directory.lineage() == saved
 
 
 def test_a_damaged_generation_is_named(directory: CheckpointDirectory) -> None:
     directory.create_generation(None, {})
-    path = directory.root / "generations" / "00001.json"
-    path.write_bytes(path.read_bytes().replace(b"null", b"1234"))
-    with pytest.raises(ManifestError, match=r"generations/00001\.json is damaged"):
+    (parent,) = _save(directory, 1, 10)
+    directory.create_generation(parent, {})
+    path = directory.root / "generations" / "00002.json"
+    path.write_bytes(path.read_bytes().replace(b'"parent":1', b'"parent":0'))
+    with pytest.raises(ManifestError, match=r"generations/00002\.json is damaged"):
         directory.lineage()
 
 

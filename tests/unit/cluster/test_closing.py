@@ -4,10 +4,11 @@ from everstep.cluster.causes import Cause
 from everstep.cluster.closing import Outcome, closing_lines
 
 LOGS = Path("runs/x/logs")
+AGAIN = "everstep train again"
 
 
 def text(outcome: Outcome, world_size: int = 4) -> list[str]:
-    return [line.text for line in closing_lines(outcome, LOGS, world_size)]
+    return [line.text for line in closing_lines(outcome, LOGS, world_size, AGAIN)]
 
 
 def failed(cause: Cause | None = None, failure: str | None = None, **more: int) -> Outcome:
@@ -20,15 +21,14 @@ def test_a_run_that_is_done_needs_no_words() -> None:
 
 def test_a_stopped_run_says_what_is_saved() -> None:
     saved = Outcome(exit_code=75, saved_step=12)
-    assert text(saved) == ["stopped, step 12 is saved; the same command goes on from there"]
-    assert "nothing new" not in text(saved)[0]
+    assert text(saved) == ["stopped, step 12 is saved", f"to go on from step 12: {AGAIN}"]
     assert "before anything new" in text(Outcome(exit_code=75))[0]
 
 
 def test_an_interrupted_run_says_what_is_lost() -> None:
     assert text(Outcome(exit_code=130, saved_step=5)) == [
         "stopped at once, without saving",
-        "step 5 is saved; the same command goes on from there",
+        f"to go on from step 5: {AGAIN}",
     ]
 
 
@@ -40,13 +40,13 @@ def test_a_failure_says_the_cause_then_where_then_how_to_go_on() -> None:
         exit_code=1,
         others=(0,),
     )
-    lines = closing_lines(failed(cause, saved_step=7), LOGS, 4)
+    lines = closing_lines(failed(cause, saved_step=7), LOGS, 4, AGAIN)
     assert all(line.is_error for line in lines)
     assert [line.text for line in lines] == [
         "error: rank 2 failed with ValueError: boom",
         "       full trace: runs/x/logs/rank-00002.log",
         "       rank 0 failed too, in another way: see runs/x/logs",
-        "       step 7 is saved; the same command goes on from there",
+        f"       to go on from step 7: {AGAIN}",
     ]
 
 

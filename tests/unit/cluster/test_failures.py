@@ -125,8 +125,8 @@ def test_a_run_dir_that_is_a_file_is_refused(tmp_path: Path) -> None:
     ran = run("train", file / "run")
     assert ran.code == 1
     assert ran.errors == (
-        f"error: the run directory {file}/run cannot be used ({file} is a file): choose another "
-        "one with --run-dir\n"
+        f"error: the run directory {file}/run cannot be used ({file} is a file): make that "
+        "right to go on with its run, or choose another one with --run-dir\n"
     )
     assert ran.output == ""
 
