@@ -48,9 +48,9 @@ def summarise(run: "Run", run_dir: Path, nproc: int | None, sample: str | None) 
         "  metrics.jsonl  loss of every step    config.yaml  the resolved run",
         f"  checkpoints/   step {run.saved_step} is durable    logs/  of every rank",
         "Try next:",
-        f"  {more}",
+        *_command(more),
         "      goes on from here, twice as far",
-        f"  {shlex.join(['everstep', 'config', 'show', str(run_dir / 'config.yaml')])}",
+        *_command(shlex.join(["everstep", "config", "show", str(run_dir / "config.yaml")])),
         "      everything that can be changed",
     ]
     return lines
@@ -59,6 +59,14 @@ def summarise(run: "Run", run_dir: Path, nproc: int | None, sample: str | None) 
 def count_parameters(model: nn.Module) -> int:
     """Parameters of the whole model, tied ones once, whatever its sharding."""
     return sum(p.numel() for p in model.parameters())
+
+
+def _command(text: str) -> list[str]:
+    """A shell command on as many lines as it takes; one with quoted words stays on one."""
+    if "'" in text or len(text) <= WIDTH - 2:
+        return [f"  {text}"]
+    lines = textwrap.wrap(text, WIDTH - 6, break_long_words=False, break_on_hyphens=False)
+    return [f"  {lines[0]} \\", *(f"    {line} \\" for line in lines[1:-1]), f"    {lines[-1]}"]
 
 
 def _indent(sample: str) -> list[str]:
