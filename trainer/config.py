@@ -113,6 +113,8 @@ class DataConfig(Section):
     """Samples per optimizer update, over all ranks."""
     micro_batch: Positive | Auto = AUTO
     """Samples per rank and forward pass; auto = all of the rank's share (no accumulation)."""
+    document_mask: bool = False
+    """Attention stays inside of documents; its mask takes seq_len x seq_len bytes per sample."""
     held_out: float = Field(default=0.02, ge=0, lt=0.5)
     """Fraction of the tokens kept out of training for evaluation."""
 

@@ -52,10 +52,16 @@ class TorchEngine:
         shape: the resolved mesh.
         device: where this rank computes.
         vocab_size: the tokenizer's.
+        document_end: the tokenizer's token for it, where attention stays inside of documents.
     """
 
     def __init__(
-        self, config: RunConfig, shape: MeshShape, device: torch.device, vocab_size: int
+        self,
+        config: RunConfig,
+        shape: MeshShape,
+        device: torch.device,
+        vocab_size: int,
+        document_end: int | None = None,
     ) -> None:
         self.device = device
         self._vocab_size = vocab_size
@@ -65,6 +71,7 @@ class TorchEngine:
             vocab_size=vocab_size,
             seq_len=config.data.seq_len,
             seed=config.seed,
+            document_end=document_end,
         )
         self.model: nn.Module = parallelize(model, self.mesh, shape, config.parallel)
         materialise(self.model, device, config.seed)

@@ -175,6 +175,11 @@ def _check_model(config: RunConfig, tp: int) -> None:
             "model.factory_args is given without model.factory: name the function that takes them, "
             "as 'pkg.module:function'"
         )
+    if model.factory is not None and config.data.document_mask:
+        raise ConfigError(
+            "data.document_mask=true works with the built-in model only, and model.factory="
+            f"{model.factory!r} is your own: mask its attention there, and leave the key out"
+        )
     if tp == 1:
         return
     if model.factory is not None:

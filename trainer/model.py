@@ -26,6 +26,18 @@ Rotary = tuple[Tensor, Tensor]
 """Cosines and sines (L, E), fp32."""
 
 
+def same_document(tokens_BL: Tensor, document_end: int) -> Tensor:
+    """Which tokens may be attended to, (B, 1, L, L) bool: earlier ones of the same document.
+
+    A token ``document_end`` belongs to the document that it ends. Rotary positions only act
+    through their differences, so that a document's logits are those it would have alone.
+    """
+    is_end_BL = tokens_BL == document_end
+    document_BL = is_end_BL.cumsum(1) - is_end_BL.long()
+    same_BLL = document_BL[:, :, None] == document_BL[:, None, :]
+    return same_BLL.tril()[:, None]
+
+
 class Linear(nn.Linear):
     """A linear map without bias; under tensor parallelism, this rank's rows or columns of it."""
 
@@ -97,14 +109,22 @@ class Attention(nn.Module):
         self.v_proj = Linear(shape.dim, shape.kv_heads * shape.head_dim)
         self.o_proj = Linear(shape.heads * shape.head_dim, shape.dim)
 
-    def forward(self, x_BLD: Tensor, rotary: Rotary) -> Tensor:
-        """(B, L, D) -> (B, L, D); a partial sum over tp ranks under tensor parallelism."""
+    def forward(self, x_BLD: Tensor, rotary: Rotary, mask_B1LL: Tensor | None) -> Tensor:
+        """(B, L, D) -> (B, L, D); a partial sum over tp ranks under tensor parallelism.
+
+        ``mask_B1LL`` is ``same_document``; None: every earlier token is attended to.
+        """
         q_BHLE = rotate(self._heads(self.q_proj(x_BLD)), rotary)
         k_BKLE = rotate(self._heads(self.k_proj(x_BLD)), rotary)
         v_BKLE = self._heads(self.v_proj(x_BLD))
         grouped = q_BHLE.shape[1] != k_BKLE.shape[1]
         out_BHLE = F.scaled_dot_product_attention(
-            q_BHLE, k_BKLE, v_BKLE, is_causal=True, enable_gqa=grouped
+            q_BHLE,
+            k_BKLE,
+            v_BKLE,
+            attn_mask=mask_B1LL,
+            is_causal=mask_B1LL is None,
+            enable_gqa=grouped,
         )
         out: Tensor = self.o_proj(out_BHLE.transpose(1, 2).flatten(2))
         return out
@@ -143,9 +163,19 @@ class Block(nn.Module):
         self.attn_dropout = LayoutFreeDropout(config.dropout, dim=shape.dim, site="self_attn")
         self.mlp_dropout = LayoutFreeDropout(config.dropout, dim=shape.dim, site="mlp")
 
-    def forward(self, x_BLD: Tensor, rotary: Rotary, keys_BL: Tensor | None) -> Tensor:
-        """(B, L, D) -> (B, L, D); ``keys_BL`` are the tokens' dropout keys, None for no dropout."""
-        attended_BLD = self.self_attn(self.input_layernorm(x_BLD), rotary)
+    def forward(
+        self,
+        x_BLD: Tensor,
+        rotary: Rotary,
+        keys_BL: Tensor | None,
+        mask_B1LL: Tensor | None = None,
+    ) -> Tensor:
+        """(B, L, D) -> (B, L, D).
+
+        ``keys_BL`` are the tokens' dropout keys, None for no dropout; ``mask_B1LL`` as in
+        ``Attention``.
+        """
+        attended_BLD = self.self_attn(self.input_layernorm(x_BLD), rotary, mask_B1LL)
         x_BLD = x_BLD + self.attn_dropout(attended_BLD, keys_BL)
         mixed_BLD = self.mlp(self.post_attention_layernorm(x_BLD))
         x_BLD = x_BLD + self.mlp_dropout(mixed_BLD, keys_BL)
@@ -153,9 +183,20 @@ class Block(nn.Module):
 
 
 class Decoder(nn.Module):
-    """Embedding, blocks and final norm."""
+    """Embedding, blocks and final norm.
 
-    def __init__(self, config: ModelConfig, shape: ModelShape, *, seq_len: int, seed: int) -> None:
+    ``document_end`` is the token that ends a document where attention stays inside of documents.
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        shape: ModelShape,
+        *,
+        seq_len: int,
+        seed: int,
+        document_end: int | None = None,
+    ) -> None:
         super().__init__()
         self.embed_tokens = nn.Embedding(shape.vocab_size, shape.dim)
         self.layers = nn.ModuleList(Block(config, shape) for _ in range(shape.layers))
@@ -163,6 +204,7 @@ class Decoder(nn.Module):
         self.rotary = RotaryTable(seq_len, shape.head_dim, config.rope_theta)
         self.token_keys = TokenKeys(seed)
         self.dropout = config.dropout
+        self.document_end = document_end
 
     def forward(self, tokens_BL: Tensor, sample_B: Tensor | None) -> Tensor:
         """Tokens (B, L) -> normalised stream (B, L, D)."""
@@ -172,11 +214,14 @@ class Decoder(nn.Module):
             if sample_B is None:
                 raise ValueError("dropout in training needs sample_B, the global sample indices")
             keys_BL = self.token_keys(sample_B, seq_len)
+        mask_B1LL = None
+        if self.document_end is not None:
+            mask_B1LL = same_document(tokens_BL, self.document_end)
         rotary = self.rotary(seq_len)
         x_BLD = self.embed_tokens(tokens_BL)
         for index, layer in enumerate(self.layers):
             layer_keys_BL = None if keys_BL is None else keys_of_layer(keys_BL, index)
-            x_BLD = layer(x_BLD, rotary, layer_keys_BL)
+            x_BLD = layer(x_BLD, rotary, layer_keys_BL, mask_B1LL)
         out: Tensor = self.norm(x_BLD)
         return out
 
@@ -184,12 +229,20 @@ class Decoder(nn.Module):
 class Llama(nn.Module):
     """The decoder with its output head; weights are set by ``init.init_weights``."""
 
-    def __init__(self, config: ModelConfig, shape: ModelShape, *, seq_len: int, seed: int) -> None:
+    def __init__(
+        self,
+        config: ModelConfig,
+        shape: ModelShape,
+        *,
+        seq_len: int,
+        seed: int,
+        document_end: int | None = None,
+    ) -> None:
         super().__init__()
         self.config = config
         self.shape = shape
         self.seq_len = seq_len
-        self.model = Decoder(config, shape, seq_len=seq_len, seed=seed)
+        self.model = Decoder(config, shape, seq_len=seq_len, seed=seed, document_end=document_end)
         self.lm_head = Linear(shape.dim, shape.vocab_size)
         self.tie()
 
@@ -208,19 +261,28 @@ class Llama(nn.Module):
         return logits_BLV
 
 
-def build_model(config: ModelConfig, *, vocab_size: int, seq_len: int, seed: int) -> nn.Module:
+def build_model(
+    config: ModelConfig,
+    *,
+    vocab_size: int,
+    seq_len: int,
+    seed: int,
+    document_end: int | None = None,
+) -> nn.Module:
     """The model of a run, before it is parallelised.
 
-    ``vocab_size`` is the tokenizer's. The built-in model comes without memory, on the meta device
-    (``parallelize``, then ``init.materialise``); a model of ``config.factory`` comes as its
-    factory made it, on the CPU, after torch was seeded with ``seed``, hence alike on every rank.
+    ``vocab_size`` is the tokenizer's; with ``document_end``, its token for the end of a document,
+    attention of the built-in model stays inside of documents. The built-in model comes without
+    memory, on the meta device (``parallelize``, then ``init.materialise``); a model of
+    ``config.factory`` comes as its factory made it, on the CPU, after torch was seeded with
+    ``seed``, hence alike on every rank.
     Raises ConfigError for a factory that cannot be imported, called, or returns something else.
     """
     if config.factory is not None:
         return _user_model(config.factory, config.factory_args, vocab_size, seq_len, seed)
     shape = resolve_model(config, vocab_size)
     with torch.device("meta"):
-        return Llama(config, shape, seq_len=seq_len, seed=seed)
+        return Llama(config, shape, seq_len=seq_len, seed=seed, document_end=document_end)
 
 
 def logits_of(model: nn.Module, tokens_BL: Tensor, sample_B: Tensor | None) -> Tensor:

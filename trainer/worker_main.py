@@ -79,7 +79,8 @@ def _run(
     corpus = _open_corpus(config, run_dir, collective, say)
     coordinate = {a: i for a, i in shape.coordinate(spec.rank).items() if a != "pp"}
     dp_rank = coordinate["dp_replicate"] * shape.dp_shard + coordinate["dp_shard"]
-    engine = TorchEngine(config, shape, device, corpus.vocab_size)
+    document_end = corpus.tokenizer.eos_id if config.data.document_mask else None
+    engine = TorchEngine(config, shape, device, corpus.vocab_size, document_end)
     place = ".".join(f"{axis}{index}" for axis, index in coordinate.items())
     derive_rng(config.seed, 0, place)
     stream = TrainStream(corpus, config.data, config.seed, dp_rank, shape.dp)

@@ -68,6 +68,13 @@ def test_tied_embeddings_stay_tied_on_a_two_dimensional_mesh() -> None:
     _assert_trains_alike(TinyRun(tie_embeddings=True, dp_shard=2, tp=2), TIED, rtol=1e-5)
 
 
+def test_attention_inside_of_documents_on_a_two_dimensional_mesh() -> None:
+    run = TinyRun(document_end=4, dp_shard=2, tp=2, parallel=RECOMPUTE)
+    masked = TinyRun(document_end=4)
+    _assert_trains_alike(run, masked, rtol=1e-5)
+    assert abs(_one_rank(masked).losses[-1] - _one_rank(TinyRun()).losses[-1]) > 1e-3
+
+
 def test_a_users_model_is_sharded() -> None:
     run = TinyRun(factory=BIGRAM.factory, dp_shard=2, parallel=RECOMPUTE)
     _assert_trains_alike(run, BIGRAM, rtol=1e-5)

@@ -33,6 +33,7 @@ class TinyRun:
     dropout: float = 0.1
     clip_norm: float = 0.5
     factory: str | None = None
+    document_end: int | None = None
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
 
     @property
@@ -64,7 +65,9 @@ def train_tiny(rank: int, world_size: int, run: TinyRun) -> TinyResult:
     """Train on this rank; a function for ``run_ranks``."""
     shape = run.shape
     mesh = build_mesh(shape, "cpu")
-    model = build_model(run.model, vocab_size=VOCAB, seq_len=SEQ_LEN, seed=3)
+    model = build_model(
+        run.model, vocab_size=VOCAB, seq_len=SEQ_LEN, seed=3, document_end=run.document_end
+    )
     parallelize(model, mesh, shape, run.parallel)
     materialise(model, torch.device("cpu"), seed=3)
     optim = OptimConfig(lr=3e-3, warmup_steps=4)

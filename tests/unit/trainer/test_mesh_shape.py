@@ -180,6 +180,11 @@ def check(shape: MeshShape, **sections: dict[str, object]) -> None:
         (4, {"model": {"kv_heads": 2}}, "model.kv_heads=2 cannot be divided over mesh.tp=4"),
         (4, {"model": {"ffn_dim": 6}}, "model.ffn_dim=6 cannot be divided over mesh.tp=4"),
         (2, {"model": {"vocab_size": 301}}, "model.vocab_size=301 cannot be divided"),
+        (
+            1,
+            {"model": {"factory": "a:b"}, "data": {"document_mask": True}},
+            "data.document_mask=true works with the built-in model only",
+        ),
         (2, {"model": {"factory": "a:b"}}, "mesh.tp=2 works with the built-in model only"),
         (1, {"model": {"vocab_size": 200}}, "model.vocab_size=200 is smaller than the 257 tokens"),
         (1, {"model": {"factory_args": {"a": 1}}}, "model.factory_args is given without"),

@@ -8,7 +8,7 @@ from numpy.typing import NDArray
 from everstep.trainer.config import ModelConfig
 from everstep.trainer.errors import ConfigError
 from everstep.trainer.init import materialise
-from everstep.trainer.model import Llama, build_model, logits_of
+from everstep.trainer.model import Llama, build_model, logits_of, same_document
 from everstep.trainer.model_shape import resolve_model, round_up
 from tests.support.models import Bigram
 
@@ -17,8 +17,8 @@ CONFIG = ModelConfig(dim=16, layers=2, heads=4, kv_heads=2, init_std=0.3, rope_t
 SEQ_LEN = 6
 
 
-def _model(config: ModelConfig = CONFIG) -> Llama:
-    model = build_model(config, vocab_size=50, seq_len=SEQ_LEN, seed=1)
+def _model(config: ModelConfig = CONFIG, document_end: int | None = None) -> Llama:
+    model = build_model(config, vocab_size=50, seq_len=SEQ_LEN, seed=1, document_end=document_end)
     materialise(model, torch.device("cpu"), 1)
     assert isinstance(model, Llama)
     return model
@@ -87,6 +87,30 @@ def test_no_token_sees_what_follows() -> None:
     before, after = model(tokens_BL), model(changed_BL)
     torch.testing.assert_close(before[:, :4], after[:, :4])
     assert not torch.allclose(before[:, 4:], after[:, 4:])
+
+
+def test_documents_in_a_sample_get_the_logits_that_they_would_have_alone() -> None:
+    end = 9
+    model = _model(document_end=end)
+    samples = [[3, 4, end, 5, 6, 7], [end, end, 8, 1, 2, end]]
+    together = model(torch.tensor(samples)).detach()
+    alone = [
+        [part for document in documents for part in model(torch.tensor([document]))[0].detach()]
+        for documents in ([[3, 4, end], [5, 6, 7]], [[end], [end], [8, 1, 2, end]])
+    ]
+    torch.testing.assert_close(together, torch.stack([torch.stack(row) for row in alone]))
+    unmasked = _model()(torch.tensor(samples)).detach()
+    assert not torch.allclose(together, unmasked, atol=1e-2)
+
+
+def test_the_document_mask_in_words() -> None:
+    end = 9
+    samples = torch.tensor([[1, end, 2, 3, end, 4], [5, 6, 7, 8, 0, 1]])
+    for sample, mask_LL in zip(samples.tolist(), same_document(samples, end)[:, 0], strict=True):
+        for query in range(len(sample)):
+            for key in range(len(sample)):
+                same = key <= query and end not in sample[key:query]
+                assert mask_LL[query, key] == same
 
 
 def test_names_are_those_of_hugging_face() -> None:
