@@ -25,7 +25,7 @@ def show_config(ref: str, overrides: Sequence[str], nproc: int | None) -> str:
     source = f"{ref} and {plural(len(overrides), 'override')}" if overrides else ref
     world_size = world_size_of(config.mesh, nproc, count_gpus())
     header = [f"everstep config, resolved from {source}", *describe_run(config, world_size)]
-    return "".join(f"# {line}\n" for line in header) + dump_config(config)
+    return "".join(f"# {line}\n" for line in header) + dump_config(config, mask_secrets=True)
 
 
 def describe_run(config: RunConfig, world_size: int) -> Iterator[str]:
@@ -63,7 +63,7 @@ def _parameters(config: RunConfig) -> str:
     elif config.model.vocab_size != "auto":
         vocab_size = config.model.vocab_size
     else:
-        from everstep.trainer.data.tokenizer import open_tokenizer
+        from everstep.trainer.data import vocab_size_of
 
-        vocab_size = open_tokenizer(config.data.tokenizer).vocab_size
+        vocab_size = vocab_size_of(config.data)
     return count_words(resolve_model(config.model, vocab_size).parameters)

@@ -81,10 +81,10 @@ def _tokenizer(config: RunConfig) -> tuple[Finding, int | None]:
     name = config.data.tokenizer
     if name == "bytes":
         return Finding("tokenizer", Status.OK, "bytes"), BYTES_VOCAB
-    from everstep.trainer.data.tokenizer import open_tokenizer
+    from everstep.trainer.data import vocab_size_of
 
     try:
-        vocab_size = open_tokenizer(name).vocab_size
+        vocab_size = vocab_size_of(config.data)
     except DataError as error:
         return Finding("tokenizer", Status.FAIL, name, str(error)), None
     return Finding("tokenizer", Status.OK, f"{name}: {vocab_size} ids"), vocab_size

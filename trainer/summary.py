@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from torch import nn
 
 from everstep.trainer.commands import resume_command
+from everstep.trainer.data import samples_in
 
 if TYPE_CHECKING:
     from everstep.trainer.loop import Run
@@ -29,6 +30,11 @@ def summarise(run: "Run", run_dir: Path, nproc: int | None, sample: str | None) 
         f"Trained {count_parameters(run.engine.model) / 1e6:.2f} M parameters on {run.shape}",
         f"  data         {corpus.name}: {tokens / 1e6:.3g} M tokens seen, {epochs:.2f} epochs",
     ]
+    if len(corpus.parts) > 1:
+        for part, share in zip(corpus.parts, corpus.shares, strict=True):
+            rounds = run.stream.position * share
+            rounds /= samples_in(part.tokens_train.size, config.data.seq_len)
+            lines.append(f"    {share:6.2%}   {part.name}: {rounds:.2f} epochs")
     if math.isfinite(run.first_loss):
         lines.append(f"  train loss   {run.first_loss:.3f} -> {run.last_loss:.3f} nats per token")
     else:

@@ -179,11 +179,16 @@ def _open_corpus(config: RunConfig, run_dir: Path, collective: Collective, say: 
         if config.train.eval_batches:
             check_held_out_fits(corpus, config.data)
         left_out = f", {len(corpus.skipped)} files left out" if corpus.skipped else ""
+        documents = "" if corpus.documents is None else f"{corpus.documents:,} documents, "
         say(
             "message",
-            text=f"corpus: {corpus.name}, {corpus.documents:,} documents, "
-            f"{corpus.tokens_train.size:,} training tokens{left_out}",
+            text=f"corpus: {corpus.name}, {documents}{corpus.tokens_train.size:,} training "
+            f"tokens{left_out}",
         )
+        if corpus.bad_rows:
+            examples = [example for part in corpus.parts for example in part.bad_examples]
+            shown = f", such as {examples[0]}" if examples else ""
+            say("message", text=f"corpus: {corpus.bad_rows:,} bad rows skipped{shown}")
 
     on_rank0(collective, "corpus", build)
     return open_corpus(config.data, cache, build=False, leave_out=run_dir)
