@@ -192,25 +192,26 @@ def pieces_of_rows(rows: Iterable[Row], path: str, skip_bad: bool, tally: Tally)
 
 
 def pieces_of_file(file: IO[bytes]) -> Iterator[Piece]:
-    """The text of an open file, as one document.
-
-    Raises OSError, and ValueError where it is not UTF-8 text.
-    """
-    decoder = codecs.getincrementaldecoder("utf-8")()
+    """The text of an open file that is known to be text, as one document. Raises OSError."""
     held = b""
     while chunk := file.read(PIECE_BYTES):
-        decoder.decode(chunk)
-        if b"\0" in chunk:
-            raise ValueError("it has zero bytes")
         text = held + chunk
         if len(text) > PIECE_BYTES:
             cut = _last_cut(text)
             yield Piece(text[:cut], ends_document=False)
             text = text[cut:]
         held = text
-    decoder.decode(b"", final=True)
     if held:
         yield Piece(held, ends_document=True)
+
+
+def why_not_text(storage: Storage, path: str) -> str:
+    """What makes a file no UTF-8 text, empty if it is; reads all of it. Raises OSError."""
+    try:
+        _hash_file(path, storage, must_be_text=True)
+    except _NotTextError as error:
+        return str(error)
+    return ""
 
 
 def encode_index(index: Index) -> Any:
@@ -309,25 +310,16 @@ def _check_text(decoder: codecs.IncrementalDecoder, chunk: bytes, before_bytes: 
 
 
 def _pieces_of_text(storage: Storage, document: Document, advance: Advance) -> Iterator[Piece]:
-    hasher = hashlib.sha256(_ORDER_KEY)
-    held = b""
-    read_bytes = 0
+    last: Piece | None = None  # handed out only when the whole file was what it was
     with storage.open(document.path) as file:
-        while chunk := file.read(PIECE_BYTES):
-            read_bytes += len(chunk)
-            if read_bytes > document.size_bytes:  # it grows, perhaps without end
-                break
-            hasher.update(chunk)
-            text = held + chunk
-            if len(text) > PIECE_BYTES:
-                cut = _last_cut(text)
-                yield Piece(text[:cut], ends_document=False)
-                text = text[cut:]
-            held = text
-            advance(len(chunk), True)
-    if hasher.hexdigest() != document.digest:
+        hashing = _HashingFile(file, document.size_bytes, advance)
+        for piece in pieces_of_file(io.BufferedReader(hashing, PIECE_BYTES)):
+            if last is not None:
+                yield last
+            last = piece
+    if last is None or hashing.digest != document.digest:
         raise DocumentChangedError(document.path)
-    yield Piece(held, ends_document=True)
+    yield last
 
 
 def _rows_of(sources: Sources, document: Document, advance: Advance) -> Iterator[Row]:

@@ -60,6 +60,17 @@ def jsonl_rows(raw: IO[bytes], path: str, text_key: str) -> Iterator[Row]:
         raise
 
 
+def lines_between(file: IO[bytes], start: int, stop: int) -> Iterator[tuple[str, bytes]]:
+    """(place, line) of the lines whose first byte is one from ``start`` to before ``stop``."""
+    file.seek(max(0, start - 1))
+    if start:
+        file.readline()  # the end of a line that began before, or nothing but its line end
+    position = file.tell()
+    while position < stop and (line := file.readline()):
+        yield f"the line at byte {position}", line
+        position += len(line)
+
+
 def parse_lines(lines: Iterable[tuple[str, bytes]], text_key: str) -> Iterator[Row]:
     """Rows of (place, line) pairs."""
     for place, line in lines:

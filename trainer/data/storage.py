@@ -26,38 +26,35 @@ REMOTE_YOUNG_S = 60.0
 
 _BUFFER_BYTES = 2**20
 _URL = re.compile(r"[A-Za-z][A-Za-z0-9+.\-]*://")
-_VERSIONS = tuple(
-    [
-        "ETag",
-        "etag",
-        "e_tag",
-        "Content-MD5",
-        "Digest",
-        "md5Hash",
-        "content_hash",
-        "crc32c",
-        "checksum",
-        "generation",
-        "VersionId",
-        "version_id",
-        "version",
-        "sha256",
-        "uid",
-    ]
+_VERSIONS = (
+    "ETag",
+    "etag",
+    "e_tag",
+    "Content-MD5",
+    "Digest",
+    "md5Hash",
+    "content_hash",
+    "crc32c",
+    "checksum",
+    "generation",
+    "VersionId",
+    "version_id",
+    "version",
+    "sha256",
+    "uid",
 )
-_TIMES = tuple(
-    [
-        "mtime",
-        "LastModified",
-        "last_modified",
-        "Last-Modified",
-        "modified",
-        "updated",
-        "created",
-        "timeModified",
-        "modification_time",
-    ]
+_TIMES = (
+    "mtime",
+    "LastModified",
+    "last_modified",
+    "Last-Modified",
+    "modified",
+    "updated",
+    "created",
+    "timeModified",
+    "modification_time",
 )
+_ONLY_FORWARD = ("http", "https", ("http", "https"))
 
 T = TypeVar("T")
 
@@ -87,6 +84,10 @@ class Storage(Protocol):
 
     def stamp(self, path: str) -> tuple[StampFacts, bool]:
         """Facts about a file, and whether equal facts later will mean equal bytes."""
+        ...
+
+    def can_seek(self) -> bool:
+        """Whether any file can be read from its middle."""
         ...
 
     def open(self, path: str) -> IO[bytes]:
@@ -165,6 +166,9 @@ class LocalStorage:
         stamp = FileStamp.of(path)
         return stamp.facts(), stamp.settled(now_ns)
 
+    def can_seek(self) -> bool:
+        return True
+
     def open(self, path: str) -> IO[bytes]:
         return open(path, "rb")
 
@@ -228,6 +232,10 @@ class RemoteStorage:
         old = [t for t in map(_unix_s, times.values()) if t is not None]
         trusted = bool(versions) or (bool(old) and max(old) < time.time() - REMOTE_YOUNG_S)
         return facts, trusted
+
+    def can_seek(self) -> bool:
+        # Servers of https and archives read from the start to get to the middle, if at all.
+        return self._fs.protocol not in _ONLY_FORWARD and not self._chain
 
     def open(self, path: str) -> IO[bytes]:
         file = self._do(lambda: self._fs.open(self._inner(path), "rb"))

@@ -265,7 +265,7 @@ def _explain_mixture(saved: Any, here: Any) -> str | None:
     if len(saved) != len(here):
         return (
             f"this run began with {_sources(saved)} in data.source and has {_sources(here)} now, "
-            "so the data would not go on where it stopped; restore the original list, or train in a "
+            "so the data would not go on where it stopped; restore the list, or train in a "
             "new run directory"
         )
     for number, (before, now) in enumerate(zip(saved, here, strict=True)):

@@ -162,6 +162,15 @@ def open_shards(folder: Path, index: TokenFolder) -> list[TokenArray]:
     return [map_tokens(folder / s.file, np.dtype(index.dtype), s.tokens) for s in index.shards]
 
 
+def shard_is_intact(folder: Path, shard: Shard) -> bool:
+    """Whether the shard is there and has its checksum; reads all of it."""
+    try:
+        with (folder / shard.file).open("rb", buffering=0) as file:
+            return hashlib.file_digest(file, "sha256").hexdigest() == shard.sha256
+    except OSError:
+        return False
+
+
 def map_tokens(path: Path, dtype: np.dtype[np.unsignedinteger], count: int) -> TokenArray:
     """A file of tokens mapped read-only; an empty file cannot be mapped, and needs not."""
     if not count:

@@ -116,7 +116,8 @@ class HfTokenizer:
         if not vocabulary:
             raise DataError(f"data.tokenizer: {path} has an empty vocabulary")
         self.vocab_size = max(vocabulary.values()) + 1
-        self.eos_id = vocabulary[_find_eos(path, vocabulary)]
+        self.eos_token = _find_eos(path, vocabulary)
+        self.eos_id = vocabulary[self.eos_token]
         identity = hashlib.sha256(contents).hexdigest() + f" eos={self.eos_id}"
         self.digest = hashlib.sha256(identity.encode()).hexdigest()
 
