@@ -20,7 +20,9 @@ WEIGHTS = st.lists(
 )
 
 
-def choose_slowly(weights: list[float], seed: int, samples: int, block: int) -> list[tuple]:
+def choose_slowly(
+    weights: list[float], seed: int, samples: int, block: int
+) -> list[tuple[int, int]]:
     """(source, how many of it came before) of the first samples, counted one after the other."""
     bounds = [Fraction(int(bound), 2**SHARE_BITS) for bound in cumulative_shares(weights)]
     taken = [0] * len(weights)
@@ -59,16 +61,16 @@ def test_shares_never_drift(weights: list[float], seed: int, first_block: int) -
     """Also far into a run, where only the indices tell how often each source was drawn."""
     mixture = Mixture(weights, seed)
     start = first_block * mixture.block
-    sources, indices = mixture.choose(np.arange(start, start + mixture.block))
+    sources, indices = mixture.choose(np.arange(start, start + 4 * mixture.block))
     total = sum(map(Fraction, weights))
     for source, weight in enumerate(weights):
         own = sorted(indices[sources == source].tolist())
         share = Fraction(weight) / total
-        assert own, "every source is in every block"
+        assert own
         assert own == list(range(own[0], own[0] + len(own)))
         # Exact for the share as it is stored; that differs from the weight by 2**-SHARE_BITS.
         assert abs(own[0] - share * start) <= 1 + start * Fraction(1, 2**SHARE_BITS)
-        assert abs(len(own) - share * mixture.block) <= 2
+        assert abs(len(own) - share * 4 * mixture.block) <= 2
 
 
 @given(weights=WEIGHTS, samples=st.integers(0, 10_000))
@@ -225,7 +227,7 @@ def test_what_resuming_another_mixture_says() -> None:
         (stream([101, 201], [1, 3]), r"weights of data.source were 1, 2 when .* are 1, 3 now"),
         (
             stream([101, 201, 301], [1, 2, 1]),
-            "a mixture of 2 sources .* a mixture of 3 sources now",
+            "a mixture of 2 sources .* a mixture of 3 sources",
         ),
         (stream([101], [1]), r"a mixture of 2 sources in data.source and has one source now"),
     ]:

@@ -1,7 +1,7 @@
 """Which source a sample of a mixture comes from: a pure function of its index, O(1) each.
 
 The samples of a run are parted into blocks of equal length. In the first b blocks, a source has
-``floor(b * block * share)`` samples, up to one: the cumulative shares are rounded, so that the
+``b * block * share`` samples, to within one: the cumulative shares are rounded, so that the
 counts add up and never drift from the weights, however long the run. Inside of a block a keyed
 permutation orders them. Everything is integer arithmetic: the same on every machine.
 """
@@ -41,7 +41,7 @@ class Mixture:
     def __init__(self, weights: Sequence[float], seed: int) -> None:
         self._bounds = cumulative_shares(weights)
         smallest = int(np.diff(self._bounds).min())
-        # A block holds at least one sample of each source; then no source's count ever decreases.
+        # A share of at least one sample in a block: with less, rounding could make counts decrease.
         needed_bits = SHARE_BITS - max(1, smallest).bit_length() + 1
         if smallest < 1 or needed_bits > LARGEST_BLOCK_BITS:
             raise DataError(
