@@ -118,7 +118,7 @@ def _unit(sources: Sources, file: SourceFile, size_bytes: int, cut: bool) -> Uni
         stamps = [storage.stamp(path) for path in file.members or (file.path,)]
         cuts: list[tuple[int, int]] = []
         if cut and file.format == "parquet":
-            with storage.open(file.path) as opened:
+            with storage.open(file.path, seek=True) as opened:
                 metadata = open_parquet(opened, file.path).metadata
             groups = [metadata.row_group(i).total_byte_size for i in range(metadata.num_row_groups)]
             scale = size_bytes / max(1, sum(groups))

@@ -342,7 +342,7 @@ def _rows_of(sources: Sources, document: Document, advance: Advance) -> Iterator
         advance(told - before, True)
 
     if document.format == "parquet":
-        with storage.open(document.path) as file:
+        with storage.open(document.path, seek=True) as file:
             yield from parquet_rows(file, document.path, text_key, done)
     else:
         yield from hf_rows(document.path, sources.entry.storage_options, text_key, done)

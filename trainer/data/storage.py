@@ -90,8 +90,8 @@ class Storage(Protocol):
         """Whether any file can be read from its middle."""
         ...
 
-    def open(self, path: str) -> IO[bytes]:
-        """The file, for reading; seekable where the file system can."""
+    def open(self, path: str, seek: bool = False) -> IO[bytes]:
+        """The file, for reading from its start; with ``seek``, in any order."""
         ...
 
 
@@ -169,7 +169,7 @@ class LocalStorage:
     def can_seek(self) -> bool:
         return True
 
-    def open(self, path: str) -> IO[bytes]:
+    def open(self, path: str, seek: bool = False) -> IO[bytes]:
         return open(path, "rb")
 
 
@@ -237,8 +237,10 @@ class RemoteStorage:
         # Servers of https and archives read from the start to get to the middle, if at all.
         return self._fs.protocol not in _ONLY_FORWARD and not self._chain
 
-    def open(self, path: str) -> IO[bytes]:
-        file = self._do(lambda: self._fs.open(self._inner(path), "rb"))
+    def open(self, path: str, seek: bool = False) -> IO[bytes]:
+        # Many servers of https ignore requests for ranges: read those as one stream where it does.
+        options = {"block_size": 0} if not seek and self._fs.protocol in _ONLY_FORWARD else {}
+        file = self._do(lambda: self._fs.open(self._inner(path), "rb", **options))
         return io.BufferedReader(_RemoteFile(path, file), _BUFFER_BYTES)
 
     def _info(self, path: str) -> dict[str, Any]:

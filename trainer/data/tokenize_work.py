@@ -246,7 +246,7 @@ def _read_span(
             skipped.append(span.path)
             advance(span.size_bytes)
             return
-    with storage.open(span.path) as file:
+    with storage.open(span.path, seek=span.format == "parquet" or span.stop is not None) as file:
         if span.format == "parquet":
             part = None if span.stop is None else (span.start, span.stop)
             told = _Told(span.size_bytes, advance)

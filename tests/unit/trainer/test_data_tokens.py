@@ -219,11 +219,11 @@ def test_token_files_that_cannot_be(tmp_path: Path) -> None:
     (tmp_path / "empty.bin").touch()
     assert "too small" in complaint("empty.bin", token_dtype="uint16")
     np.save(tmp_path / "fine.npy", np.zeros(999, np.uint16))
-    with pytest.raises(DataError, match="data.source has none; name a tokenizer.json"):
+    with pytest.raises(DataError, match=r"data.source has none; name a tokenizer"):
         open_corpus(source_config(tmp_path / "fine.npy"), tmp_path / "cache")
     (tmp_path / "text.txt").write_text("text")
+    paths = [str(tmp_path / "fine.npy"), str(tmp_path / "text.txt")]
     with pytest.raises(DataError, match=r"mixes tokens \('.*fine.npy'\) and text \('.*text.txt'\)"):
-        paths = [str(tmp_path / "fine.npy"), str(tmp_path / "text.txt")]
         open_corpus(data_config(paths), tmp_path / "cache")
 
 
