@@ -65,8 +65,10 @@ def tokenize(
     from everstep.words import parse_count
 
     count = parse_count(shard_tokens)
-    if count is None or count < 1:
-        raise ConfigError(f"--shard-tokens: got {shard_tokens!r}, expected a number such as 100M")
+    if count is None or count < 1000:
+        raise ConfigError(
+            f"--shard-tokens: got {shard_tokens!r}, expected at least 1000, such as 100M"
+        )
     values = {
         "path": sources,
         "format": format,

@@ -197,10 +197,13 @@ class RemoteStorage:
         self._fs.invalidate_cache()
 
     def kind(self, path: str) -> str | None:
-        # A missing file and a refused one differ in the errors of info, which every reader meets.
         try:
             info = self._info(path)
-        except FileNotFoundError:
+        except FileNotFoundError as error:
+            cause = error.__cause__  # over http, every failure is a file that is not found
+            refused = getattr(cause, "status", 404) not in (404, 410)
+            if refused or (isinstance(cause, OSError) and not isinstance(cause, FileNotFoundError)):
+                raise OSError(5, _one_line(cause or error)) from error
             return None
         return "folder" if info.get("type") == "directory" else "file"
 

@@ -84,14 +84,15 @@ def plan_parts(units: Sequence[Unit], shard_tokens: int) -> list[Part]:
     wanted = part_bytes(sum(unit.size_bytes for unit in units), shard_tokens)
     parts: list[Part] = []
     spans: list[Span] = []
-    trusted = True
+    size_bytes, trusted = 0, True
     for unit in units:
         for span in _spans(unit, wanted):
             spans.append(span)
             trusted = trusted and unit.trusted
-            if sum(s.size_bytes for s in spans) >= wanted:
+            size_bytes += span.size_bytes
+            if size_bytes >= wanted:
                 parts.append(Part(number=len(parts), spans=tuple(spans), trusted=trusted))
-                spans, trusted = [], True
+                spans, size_bytes, trusted = [], 0, True
     if spans:
         parts.append(Part(number=len(parts), spans=tuple(spans), trusted=trusted))
     return parts

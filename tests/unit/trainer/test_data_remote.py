@@ -367,7 +367,7 @@ def test_an_object_store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
         "key": "testing",
         "secret": "$TEST_S3_SECRET",
         "endpoint_url": f"http://{host}:{port}",
-        "client_kwargs": {"region_name": "us-east-1"},
+        "client_kwargs": {"region_name": "eu-west-1"},
     }
     fields: dict[str, Any] = {"storage_options": options}
     try:
