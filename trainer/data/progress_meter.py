@@ -11,7 +11,7 @@ class Meter:
 
     def __init__(self, total_bytes: int, progress: Progress | None) -> None:
         self._progress = progress
-        self._total_bytes = total_bytes
+        self._total_bytes = max(1, total_bytes)  # sizes of remote files may be unknown
         self._done_bytes = 0
 
     def advance(self, size_bytes: int, was_read: bool) -> None:

@@ -10,7 +10,7 @@ import json
 import os
 import threading
 from collections.abc import Callable, Iterable
-from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -258,9 +258,10 @@ def _hash_files(paths: Iterable[Path], advance: Callable[[int], None]) -> list[s
         return hasher.hexdigest()
 
     told = 0
+    futures: list[Future[str]] = []
     with ThreadPoolExecutor(min(_THREADS, os.cpu_count() or 1)) as pool:
         try:
-            futures = [pool.submit(hash_file, path) for path in paths]
+            futures += [pool.submit(hash_file, path) for path in paths]
             pending = set(futures)
             while pending:
                 _, pending = wait(pending, timeout=0.5, return_when=FIRST_COMPLETED)
