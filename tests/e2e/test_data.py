@@ -70,10 +70,3 @@ def test_a_mixture_goes_on_exactly_with_another_number_of_ranks(mixed_run: Path)
     assert sorted(found) == list(range(1, 21))
     for step, loss in expected.items():
         assert math.isclose(found[step], loss, rel_tol=1e-5), (step, found[step], loss)
-
-    other = "data.source=[{path: web.jsonl, weight: 2}, {path: tokens}]"
-    code, output = cli.run(
-        "train", "run.yaml", other, "train.steps=30", "--run-dir", "killed", cwd=mixed_run
-    )
-    assert code == 1
-    assert "the weights of data.source were 3, 1 when this run began and are 2, 1 now" in output
