@@ -10,6 +10,7 @@ from everstep.trainer.mesh_shape import (
     check_config,
     plan_batches,
     resolve_mesh,
+    settle_micro_batch,
     world_size_of,
 )
 from everstep.trainer.model_shape import resolve_model
@@ -32,6 +33,7 @@ def describe_run(config: RunConfig, world_size: int) -> Iterator[str]:
     """What a config amounts to on ``world_size`` ranks, one fact per line."""
     shape = resolve_mesh(config.mesh, world_size)
     check_config(config, shape)
+    config = settle_micro_batch(config, shape)
     data, batches = config.data, plan_batches(config.data, shape.dp)
     yield f"ranks:      {world_size} ({shape})" if world_size > 1 else "ranks:      1"
     micro_batches = plural(batches.accumulation, "micro-batch").replace("chs", "ches")

@@ -6,8 +6,6 @@ import textwrap
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from torch import nn
-
 from everstep.trainer.commands import resume_command
 
 if TYPE_CHECKING:
@@ -26,7 +24,7 @@ def summarise(run: "Run", run_dir: Path, nproc: int | None, sample: str | None) 
     tokens = config.train.steps * config.data.global_batch * config.data.seq_len
     epochs = run.stream.position / run.stream.samples_per_epoch
     lines = [
-        f"Trained {count_parameters(run.engine.model) / 1e6:.2f} M parameters on {run.shape}",
+        f"Trained {run.engine.parameters / 1e6:.2f} M parameters on {run.shape}",
         f"  data         {corpus.name}: {tokens / 1e6:.3g} M tokens seen, {epochs:.2f} epochs",
     ]
     if math.isfinite(run.first_loss):
@@ -54,11 +52,6 @@ def summarise(run: "Run", run_dir: Path, nproc: int | None, sample: str | None) 
         "      everything that can be changed",
     ]
     return lines
-
-
-def count_parameters(model: nn.Module) -> int:
-    """Parameters of the whole model, tied ones once, whatever its sharding."""
-    return sum(p.numel() for p in model.parameters())
 
 
 def _command(text: str) -> list[str]:

@@ -19,7 +19,13 @@ from everstep.trainer.config_load import parse_config
 from everstep.trainer.data import Corpus, TrainStream, check_held_out_fits, open_corpus
 from everstep.trainer.engine import TorchEngine
 from everstep.trainer.loop import Run, Say, train
-from everstep.trainer.mesh_shape import MeshShape, check_config, local_device, resolve_mesh
+from everstep.trainer.mesh_shape import (
+    MeshShape,
+    check_config,
+    local_device,
+    resolve_mesh,
+    settle_micro_batch,
+)
 from everstep.trainer.metrics import open_sinks
 from everstep.trainer.rank_spec import (
     EXIT_DONE,
@@ -56,6 +62,7 @@ def run_rank(spec: RankSpec, report: Reporter, should_stop: StopRequested) -> in
     config = parse_config(spec.config_yaml, f"{spec.run_dir}/config.yaml")
     shape = resolve_mesh(config.mesh, spec.world_size)
     check_config(config, shape)
+    config = settle_micro_batch(config, shape)
     # Any model that ends in a plain layer makes FSDP2 say this; in-place operations are its own.
     warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
     device = _choose_device(config, spec)
@@ -77,7 +84,7 @@ def _run(
     run_dir = Path(spec.run_dir)
     collective = ProcessGroupCollective(timeout_s=config.parallel.timeout_s)
     corpus = _open_corpus(config, run_dir, collective, say)
-    coordinate = {a: i for a, i in shape.coordinate(spec.rank).items() if a != "pp"}
+    coordinate = shape.coordinate(spec.rank)
     dp_rank = coordinate["dp_replicate"] * shape.dp_shard + coordinate["dp_shard"]
     document_end = corpus.tokenizer.eos_id if config.data.document_mask else None
     engine = TorchEngine(config, shape, device, corpus.vocab_size, document_end)
@@ -234,13 +241,14 @@ def _sample(run: Run) -> str | None:
     run.say("message", text=f"writing {n_tokens} tokens of text as a sample")
     prompt = run.corpus.encode(SAMPLE_PROMPT)
     ids = generate(
-        run.engine.model,
+        run.engine.logits_at,
         prompt,
         n_tokens,
         temperature=0.7,
         seed=run.config.seed,
         seq_len=run.config.data.seq_len,
         vocab_size=run.corpus.vocab_size,
+        tp=run.shape.tp,
         should_stop=run.should_stop,
     )
     return run.corpus.decode(ids)
