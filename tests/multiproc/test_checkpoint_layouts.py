@@ -16,7 +16,7 @@ from torch.distributed.tensor import DTensor
 from everstep.checkpoint.checkpointer import Checkpointer
 from everstep.checkpoint.torch_collective import ProcessGroupCollective
 from everstep.checkpoint.torch_rng import derive_rng
-from everstep.checkpoint.torch_state import State, objects_of, tensors_of
+from everstep.checkpoint.torch_state import State, objects_of, optimizer_of, tensors_of
 from everstep.trainer.config import (
     DataConfig,
     ModelConfig,
@@ -109,7 +109,9 @@ class Trainer:
     def shards(self) -> dict[str, str]:
         """A digest of everything that this rank holds."""
         found = {n: _digest(t.local) for n, t in tensors_of(self.state).items()}
-        found["objects"] = hashlib.sha256(repr(objects_of(self.state)).encode()).hexdigest()
+        found["objects"] = hashlib.sha256(
+            repr(objects_of(self.state) | optimizer_of(self.state)).encode()
+        ).hexdigest()
         return found
 
     def logical(self) -> dict[str, str]:
@@ -123,8 +125,12 @@ class Trainer:
         for name, tensor in whole.items():
             full = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
             found[name] = _digest(full.detach())
-        found["objects"] = repr(objects_of(self.state))
+        found["objects"] = self.objects()
         return found
+
+    def objects(self) -> str:
+        """What is saved besides tensors."""
+        return repr(objects_of(self.state) | optimizer_of(self.state))
 
 
 def _small_tokens(batch: Any) -> dict[str, Any]:

@@ -42,6 +42,7 @@ class PipelineRun:
     steps: int = 20
     layers: int = 4
     dim: int = 32
+    global_batch: int = 16
     micro_batch: int | None = None
     tie: bool = False
     document_mask: bool = False
@@ -68,7 +69,7 @@ class PipelineRun:
             ),
             data=DataConfig(
                 seq_len=16,
-                global_batch=16,
+                global_batch=self.global_batch,
                 micro_batch=self.micro_batch or "auto",
                 held_out=0.1,
                 document_mask=self.document_mask,
