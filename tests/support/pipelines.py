@@ -44,6 +44,7 @@ class PipelineRun:
     dim: int = 32
     global_batch: int = 16
     micro_batch: int | None = None
+    kv_heads: int = 2
     tie: bool = False
     document_mask: bool = False
     parallel: dict[str, object] = field(default_factory=dict)
@@ -55,6 +56,11 @@ class PipelineRun:
         )
 
     @property
+    def on_one_rank(self) -> "PipelineRun":
+        """The same training without any parallelism, in fp32 and one pass per step."""
+        return replace(self, pp=1, dp_replicate=1, dp_shard=1, tp=1, micro_batch=None, parallel={})
+
+    @property
     def config(self) -> RunConfig:
         config = RunConfig(
             seed=3,
@@ -63,7 +69,7 @@ class PipelineRun:
                 dim=self.dim,
                 layers=self.layers,
                 heads=4,
-                kv_heads=2,
+                kv_heads=self.kv_heads,
                 dropout=0.1,
                 tie_embeddings=self.tie,
             ),
