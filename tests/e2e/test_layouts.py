@@ -42,7 +42,7 @@ def one_rank(folder: Path) -> dict[int, float]:
 def train(folder: Path, name: str, *overrides: str) -> dict[int, float]:
     run_dir = folder / "-".join((name, *overrides))
     arguments = ("train", name, "--run-dir", str(run_dir), *overrides)
-    code, output = cli.run(*arguments, cwd=folder, timeout_s=110)
+    code, output = cli.run(*arguments, cwd=folder, timeout_s=200)
     assert code == 0, output
     return cli.losses(run_dir)
 
@@ -55,7 +55,7 @@ def assert_losses_of_one_rank(found: dict[int, float], one_rank: dict[int, float
 
 
 @pytest.mark.multiproc
-@pytest.mark.timeout(240)
+@pytest.mark.timeout(420)
 @pytest.mark.parametrize(
     "name",
     [
@@ -71,7 +71,7 @@ def test_losses_of_one_rank(folder: Path, one_rank: dict[int, float], name: str)
 
 @pytest.mark.slow
 @pytest.mark.multiproc
-@pytest.mark.timeout(240)
+@pytest.mark.timeout(420)
 @pytest.mark.parametrize("overrides", PIPELINES, ids=" ".join)
 def test_losses_of_one_rank_in_other_pipelines(
     folder: Path, one_rank: dict[int, float], overrides: tuple[str, ...]
