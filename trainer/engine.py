@@ -10,7 +10,8 @@ from torch import Tensor, nn
 
 from everstep.checkpoint.torch_state import State
 from everstep.trainer.config import RunConfig
-from everstep.trainer.data import MicroBatch, TrainStream
+from everstep.trainer.data import MicroBatch
+from everstep.trainer.data.prefetch import BatchStream
 from everstep.trainer.errors import ConfigError
 from everstep.trainer.init import materialise
 from everstep.trainer.loss import token_loss_sum
@@ -19,6 +20,7 @@ from everstep.trainer.mesh_shape import MeshShape
 from everstep.trainer.model import build_model, logits_of
 from everstep.trainer.optim import build_optimizer, build_scheduler, clip_gradients
 from everstep.trainer.parallelize import parallelize, set_gradient_sync
+from everstep.trainer.transfer import DeviceBatch, in_flight, transfer_to
 
 
 class Engine(Protocol):
@@ -39,7 +41,7 @@ class Engine(Protocol):
         """This rank's (sum of token losses, tokens), fp64, shape (2,)."""
         ...
 
-    def state(self, data: TrainStream) -> State:
+    def state(self, data: BatchStream) -> State:
         """What a checkpoint of this run holds."""
         ...
 
@@ -64,6 +66,7 @@ class TorchEngine:
         document_end: int | None = None,
     ) -> None:
         self.device = device
+        self._transfer = transfer_to(device)
         self._vocab_size = vocab_size
         self.mesh = build_mesh(shape, device.type)
         model = build_model(
@@ -105,7 +108,7 @@ class TorchEngine:
     def forward_backward(self, batches: Sequence[MicroBatch]) -> Tensor:
         """See ``Engine``; gradients are reduced with the last micro batch only."""
         total = torch.zeros((), dtype=torch.float64, device=self.device)
-        for index, batch in enumerate(batches):
+        for index, batch in enumerate(in_flight(batches, self._transfer)):
             set_gradient_sync(self.model, index == len(batches) - 1)
             loss_sum = self._loss_sum(batch)
             torch.autograd.backward(loss_sum * self._loss_scale)
@@ -128,31 +131,28 @@ class TorchEngine:
         self.model.eval()
         try:
             with torch.no_grad():
-                for batch in batches:
+                for batch in in_flight(batches, self._transfer):
                     total[0] += self._loss_sum(batch)
-                    total[1] += batch.targets_BL.size
+                    total[1] += batch.targets_BL.numel()
         finally:
             self.model.train()
         return total
 
-    def state(self, data: TrainStream) -> State:
+    def state(self, data: BatchStream) -> State:
         """See ``Engine``."""
         return State(
             model=self.model, optimizer=self.optimizer, scheduler=self.scheduler, data=data
         )
 
-    def _loss_sum(self, batch: MicroBatch) -> Tensor:
-        tokens_BL = torch.from_numpy(batch.tokens_BL).to(self.device, non_blocking=True)
-        targets_BL = torch.from_numpy(batch.targets_BL).to(self.device, non_blocking=True)
-        sample_B = torch.from_numpy(batch.sample_B).to(self.device, non_blocking=True)
-        logits_BLV = logits_of(self.model, tokens_BL, sample_B)
-        shape, wanted = tuple(logits_BLV.shape), (*tokens_BL.shape, self._vocab_size)
+    def _loss_sum(self, batch: DeviceBatch) -> Tensor:
+        logits_BLV = logits_of(self.model, batch.tokens_BL, batch.sample_B)
+        shape, wanted = tuple(logits_BLV.shape), (*batch.tokens_BL.shape, self._vocab_size)
         if len(shape) != 3 or shape[:2] != wanted[:2] or shape[2] < wanted[2]:
             raise ConfigError(
                 f"the model of model.factory returned shape {shape}, expected logits (batch, "
                 f"sequence, vocabulary) of shape {wanted}: one row per token, at least"
             )
-        return token_loss_sum(logits_BLV, targets_BL)
+        return token_loss_sum(logits_BLV, batch.targets_BL)
 
 
 def sum_over_ranks(values: Tensor, tp: int) -> list[float]:

@@ -113,9 +113,13 @@ def test_a_state_that_is_refused_changes_nothing() -> None:
 
 
 def test_an_exception_in_the_run_ends_the_thread() -> None:
-    with pytest.raises(KeyboardInterrupt), prefetched(stream(), 2) as ahead:
-        ahead.next_step()
-        raise KeyboardInterrupt
+    def interrupted() -> None:
+        with prefetched(stream(), 2) as ahead:
+            ahead.next_step()
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        interrupted()
     assert not threads()
 
 
