@@ -119,6 +119,8 @@ class DataConfig(Section):
     """Attention stays inside of documents; its mask takes seq_len x seq_len bytes per sample."""
     held_out: float = Field(default=0.02, ge=0, lt=0.5)
     """Fraction of the tokens kept out of training for evaluation."""
+    prefetch: int = Field(default=2, ge=0)
+    """Steps whose batches a thread assembles ahead; 0 = none. Never changes what is trained on."""
 
 
 class OptimConfig(Section):
@@ -166,10 +168,14 @@ class ParallelConfig(Section):
 
     precision: Precision = "fp32"
     """Compute type; bf16 keeps fp32 parameters, optimizer state and gradient reduction."""
+    matmul_precision: Literal["fp32", "tf32"] = "fp32"
+    """How GPUs multiply fp32 matrices; tf32 is several times faster and rounds to 10 bits."""
+    deterministic: bool = False
+    """Only GPU kernels that give the same bits each time: slower, and needed for exact resume."""
     activation_checkpointing: bool = False
     """Recompute each block's activations in backward instead of keeping them."""
     compile: bool = False
-    """Run each block through ``torch.compile``."""
+    """Run each block through ``torch.compile`` in training and evaluation."""
     pipeline_schedule: PipelineSchedule = "1f1b"
     """With mesh.pp > 1: 1f1b, interleaved (several stages per rank), or zero_bubble (weight
     gradients fill the idle time; keeps more activations)."""

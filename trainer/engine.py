@@ -10,7 +10,8 @@ from torch import Tensor, nn
 
 from everstep.checkpoint.torch_state import State
 from everstep.trainer.config import RunConfig
-from everstep.trainer.data import MicroBatch, TrainStream
+from everstep.trainer.data import MicroBatch
+from everstep.trainer.data.prefetch import BatchStream
 from everstep.trainer.errors import ConfigError
 from everstep.trainer.init import materialise
 from everstep.trainer.loss import token_loss_sum
@@ -21,6 +22,7 @@ from everstep.trainer.optim import build_optimizer, build_scheduler, clip_gradie
 from everstep.trainer.parallelize import parallelize, set_gradient_sync
 from everstep.trainer.pipeline import Pipeline
 from everstep.trainer.sample import logits_at
+from everstep.trainer.transfer import DeviceBatch, in_flight, transfer_to
 
 
 class Engine(Protocol):
@@ -49,7 +51,7 @@ class Engine(Protocol):
         """Logits (V,) at one position of tokens (1, L), the same on every rank."""
         ...
 
-    def state(self, data: TrainStream) -> State:
+    def state(self, data: BatchStream) -> State:
         """What a checkpoint of this run holds."""
         ...
 
@@ -164,7 +166,7 @@ class TorchEngine:
         """See ``sample.LogitsAt``; every rank calls it."""
         return self._passes.logits_at(tokens_1L, position)
 
-    def state(self, data: TrainStream) -> State:
+    def state(self, data: BatchStream) -> State:
         """See ``Engine``."""
         if self._pipeline is not None:
             self._pipeline.release()  # its stages are views, which the state does not see
@@ -188,12 +190,13 @@ class WholePasses:
     ) -> None:
         self._model, self._device = model, device
         self._vocab_size, self._loss_scale = vocab_size, loss_scale
+        self._transfer = transfer_to(device)
         self.logits_at = logits_at(model)
 
     def forward_backward(self, batches: Sequence[MicroBatch]) -> Tensor:
         """See ``Engine``; gradients are reduced with the last micro batch only."""
         total = torch.zeros((), dtype=torch.float64, device=self._device)
-        for index, batch in enumerate(batches):
+        for index, batch in enumerate(in_flight(batches, self._transfer)):
             set_gradient_sync(self._model, index == len(batches) - 1)
             loss_sum = self._loss_sum(batch)
             torch.autograd.backward(loss_sum * self._loss_scale)
@@ -206,25 +209,22 @@ class WholePasses:
         self._model.eval()
         try:
             with torch.no_grad():
-                for batch in batches:
+                for batch in in_flight(batches, self._transfer):
                     total[0] += self._loss_sum(batch)
-                    total[1] += batch.targets_BL.size
+                    total[1] += batch.targets_BL.numel()
         finally:
             self._model.train()
         return total
 
-    def _loss_sum(self, batch: MicroBatch) -> Tensor:
-        tokens_BL = torch.from_numpy(batch.tokens_BL).to(self._device, non_blocking=True)
-        targets_BL = torch.from_numpy(batch.targets_BL).to(self._device, non_blocking=True)
-        sample_B = torch.from_numpy(batch.sample_B).to(self._device, non_blocking=True)
-        logits_BLV = logits_of(self._model, tokens_BL, sample_B)
-        shape, wanted = tuple(logits_BLV.shape), (*tokens_BL.shape, self._vocab_size)
+    def _loss_sum(self, batch: DeviceBatch) -> Tensor:
+        logits_BLV = logits_of(self._model, batch.tokens_BL, batch.sample_B)
+        shape, wanted = tuple(logits_BLV.shape), (*batch.tokens_BL.shape, self._vocab_size)
         if len(shape) != 3 or shape[:2] != wanted[:2] or shape[2] < wanted[2]:
             raise ConfigError(
                 f"the model of model.factory returned shape {shape}, expected logits (batch, "
                 f"sequence, vocabulary) of shape {wanted}: one row per token, at least"
             )
-        return token_loss_sum(logits_BLV, targets_BL)
+        return token_loss_sum(logits_BLV, batch.targets_BL)
 
 
 def sum_over_ranks(values: Tensor, tp: int) -> list[float]:

@@ -6,6 +6,7 @@ rank of a pipeline reads the same ones.
 """
 
 from collections.abc import Iterable, Sequence
+from dataclasses import fields
 from typing import Any
 
 import numpy as np
@@ -30,6 +31,7 @@ from everstep.trainer.model import Llama
 from everstep.trainer.pipeline_plan import count_stages
 from everstep.trainer.split_backward import WeightGradients
 from everstep.trainer.stage import Stage
+from everstep.trainer.transfer import in_flight, transfer_to
 
 
 class Pipeline:
@@ -53,6 +55,7 @@ class Pipeline:
         loss_scale: float,
     ) -> None:
         self._model, self._device, self._loss_scale = model, device, loss_scale
+        self._transfer = transfer_to(device)
         self._stages = [stage for stage in model.stages if isinstance(stage, Stage)]
         self._n_stages = count_stages(config.parallel, shape.pp)
         self._group = mesh["pp"].get_group()
@@ -81,16 +84,14 @@ class Pipeline:
         """Gradients of one step; the sum of token losses, fp64, 0-d: zero but on the last stage."""
         if len(batches) != self._accumulation:
             raise ValueError(f"{len(batches)} micro-batches, the schedule has {self._accumulation}")
-        tokens_BL = self._move(np.concatenate([batch.tokens_BL for batch in batches]))
-        targets_BL = self._move(np.concatenate([batch.targets_BL for batch in batches]))
-        sample_B = self._move(np.concatenate([batch.sample_B for batch in batches]))
+        whole = self._transfer.finish(self._transfer.start(_concatenated(batches)))
         self._total.zero_()
         self._schedule.step(
-            *([tokens_BL] if self._stages[0].span.first else []),
-            target=targets_BL if self._stages[-1].span.last else None,
+            *([whole.tokens_BL] if self._stages[0].span.first else []),
+            target=whole.targets_BL if self._stages[-1].span.last else None,
             return_outputs=False,
-            tokens_BL=tokens_BL,
-            sample_B=sample_B,
+            tokens_BL=whole.tokens_BL,
+            sample_B=whole.sample_B,
         )
         if self._model.config.tie_embeddings:
             self._sum_tied_gradients()
@@ -103,12 +104,11 @@ class Pipeline:
         sent: list[dist.Work] = []
         self._model.eval()
         try:
-            for batch in batches:
-                tokens_BL, sample_B = self._move(batch.tokens_BL), self._move(batch.sample_B)
-                logits_BLV = self._forward(tokens_BL, sample_B, sent)
+            for batch in in_flight(batches, self._transfer):
+                logits_BLV = self._forward(batch.tokens_BL, batch.sample_B, sent)
                 if logits_BLV is not None:
-                    total[0] += token_loss_sum(logits_BLV, self._move(batch.targets_BL))
-                    total[1] += batch.targets_BL.size
+                    total[0] += token_loss_sum(logits_BLV, batch.targets_BL)
+                    total[1] += batch.targets_BL.numel()
             for work in sent:
                 work.wait()
         finally:
@@ -232,5 +232,12 @@ class Pipeline:
         """Which rank of the pipeline runs a stage."""
         return stage % self._size
 
-    def _move(self, array: np.ndarray) -> Tensor:
-        return torch.from_numpy(array).to(self._device, non_blocking=True)
+
+def _concatenated(batches: Sequence[MicroBatch]) -> MicroBatch:
+    """All samples of micro-batches as one."""
+    return MicroBatch(
+        **{
+            field.name: np.concatenate([getattr(batch, field.name) for batch in batches])
+            for field in fields(MicroBatch)
+        }
+    )

@@ -3,10 +3,13 @@
 import math
 import shlex
 import textwrap
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from everstep.trainer.commands import resume_command
+from everstep.trainer.flops import TERA
+from everstep.trainer.progress import short_bytes, short_number
 
 if TYPE_CHECKING:
     from everstep.trainer.loop import Run
@@ -33,6 +36,8 @@ def summarise(run: "Run", run_dir: Path, nproc: int | None, sample: str | None) 
         lines.append("  train loss   nothing was left to train")
     if math.isfinite(run.eval_loss):
         lines.append(f"  held-out     {run.eval_loss:.3f} nats per token")
+    if (speed := run.meter.typical()) is not None:
+        lines.append(f"  speed        {speed_words(speed)}")
     lines.append(
         f"  for scale    {corpus.entropy_nats:.3f} is the unigram entropy of the corpus: "
         "a model that only counts"
@@ -52,6 +57,16 @@ def summarise(run: "Run", run_dir: Path, nproc: int | None, sample: str | None) 
         "      everything that can be changed",
     ]
     return lines
+
+
+def speed_words(speed: Mapping[str, float]) -> str:
+    """What ``StepMeter.typical`` says, for people."""
+    share = f" ({100 * speed['mfu']:.1f} % MFU)" if "mfu" in speed else ""
+    return (
+        f"{short_number(speed['tokens_per_s'])} tokens/s, "
+        f"{short_number(speed['tflops_per_s'] * TERA)}FLOP/s per device{share}, "
+        f"{short_bytes(int(speed['peak_memory_bytes']))} at most on rank 0"
+    )
 
 
 def _command(text: str) -> list[str]:
