@@ -38,11 +38,13 @@ from everstep.checkpoint.checkpointer import StepInfo
 from everstep.trainer.config import RunConfig
 from everstep.trainer.config_load import load_config
 from everstep.trainer.data import TrainStream, open_corpus
+from everstep.trainer.data.prefetch import PrefetchedStream
 from everstep.trainer.engine import TorchEngine
 from everstep.trainer.init import materialise
 from everstep.trainer.loop import Run, train
 from everstep.trainer.mesh import build_mesh
 from everstep.trainer.mesh_shape import resolve_mesh
+from everstep.trainer.meter import step_meter
 from everstep.trainer.metrics import JsonlSink
 from everstep.trainer.model import build_model
 from everstep.trainer.parallelize import parallelize
@@ -82,9 +84,12 @@ def our_loop(config: RunConfig, folder: Path, rank: int, pipe: int) -> Callable[
         shape=shape,
         dp_rank=rank,
         corpus=corpus,
-        stream=TrainStream(corpus, config.data, config.seed, rank, shape.dp),
+        stream=PrefetchedStream(
+            TrainStream(corpus, config.data, config.seed, rank, shape.dp), config.data.prefetch
+        ),
         engine=engine,
         checkpointer=NothingSaved(),  # type: ignore[arg-type]
+        meter=step_meter(config, shape, engine.device, corpus.vocab_size, engine.model),
         sinks=[JsonlSink(folder / "metrics.jsonl", 0)] if rank == 0 else [],
         say=say,
         should_stop=lambda: False,

@@ -100,7 +100,7 @@ def _sinks(config: RunConfig, facts: Facts) -> list[Finding]:
 def _training_memory(parameters: int, shape: MeshShape, device: str, facts: Facts) -> Finding:
     per_replica = parameters * TRAINED_BYTES_PER_PARAMETER
     if device == "cuda":
-        per_rank = per_replica // (shape.dp_shard * shape.tp)
+        per_rank = per_replica // (shape.pp * shape.dp_shard * shape.tp)
         memories = [gpu.memory_bytes for gpu in facts.gpus if gpu.memory_bytes]
         found = f"{size_words(per_rank)} of state per GPU, and activations"
         have, need = min(memories, default=None), per_rank

@@ -23,6 +23,7 @@ AUTO: Final = "auto"
 Auto = Literal["auto"]
 Precision = Literal["fp32", "bf16"]
 DataFormat = Literal["auto", "text", "jsonl", "parquet", "hf", "tokens"]
+PipelineSchedule = Literal["1f1b", "interleaved", "zero_bubble"]
 
 
 def parse_size(value: Any) -> Any:
@@ -178,11 +179,14 @@ class DataConfig(Section):
     global_batch: int = Field(default=16, ge=1)
     """Samples per optimizer update, over all ranks."""
     micro_batch: Positive | Auto = AUTO
-    """Samples per rank and forward pass; auto = all of the rank's share (no accumulation)."""
+    """Samples per rank and forward pass; auto = all of the rank's share (no accumulation), in a
+    pipeline the largest size that makes 2 x mesh.pp micro-batches or more, if there are as many."""
     document_mask: bool = False
     """Attention stays inside of documents; its mask takes seq_len x seq_len bytes per sample."""
     held_out: float = Field(default=0.02, ge=0, lt=0.5)
     """Fraction of the tokens kept out of training for evaluation."""
+    prefetch: int = Field(default=2, ge=0)
+    """Steps whose batches a thread assembles ahead; 0 = none. Never changes what is trained on."""
 
 
 class OptimConfig(Section):
@@ -212,7 +216,7 @@ class MeshConfig(Section):
     """Sizes of the mesh axes; their product is the number of ranks."""
 
     pp: int = Field(default=1, ge=1)
-    """Pipeline stages."""
+    """Pipeline ranks: each holds some of the layers (see parallel.pipeline_schedule)."""
     dp_replicate: int = Field(default=1, ge=1)
     """Replicas of the sharded model (HSDP)."""
     dp_shard: Positive | Auto = AUTO
@@ -230,10 +234,19 @@ class ParallelConfig(Section):
 
     precision: Precision = "fp32"
     """Compute type; bf16 keeps fp32 parameters, optimizer state and gradient reduction."""
+    matmul_precision: Literal["fp32", "tf32"] = "fp32"
+    """How GPUs multiply fp32 matrices; tf32 is several times faster and rounds to 10 bits."""
+    deterministic: bool = False
+    """Only GPU kernels that give the same bits each time: slower, and needed for exact resume."""
     activation_checkpointing: bool = False
     """Recompute each block's activations in backward instead of keeping them."""
     compile: bool = False
-    """Run each block through ``torch.compile``."""
+    """Run each block through ``torch.compile`` in training and evaluation."""
+    pipeline_schedule: PipelineSchedule = "1f1b"
+    """With mesh.pp > 1: 1f1b, interleaved (several stages per rank), or zero_bubble (weight
+    gradients fill the idle time; keeps more activations)."""
+    stages_per_rank: Positive | Auto = AUTO
+    """Pipeline stages per rank; auto = 1 for 1f1b, 2 for interleaved and zero_bubble."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """auto = CUDA where torch finds it, else CPU."""
     threads: Positive | Auto = AUTO

@@ -25,6 +25,8 @@ ELSEWHERE = {
     "max_grad_norm": "optim.clip_norm",
     "n_embd": "model.dim",
     "save_steps": "checkpoint.every_steps",
+    "pipeline_parallel": "mesh.pp",
+    "pp_size": "mesh.pp",
     "tensor_parallel": "mesh.tp",
     "tp_size": "mesh.tp",
     "fsdp": "mesh.dp_shard",

@@ -9,10 +9,12 @@ import torch
 
 from everstep.checkpoint.checkpointer import Checkpointer
 from everstep.trainer.config import RunConfig
-from everstep.trainer.data import Corpus, TrainStream, held_out_batches
+from everstep.trainer.data import Corpus, held_out_batches
+from everstep.trainer.data.prefetch import BatchStream
 from everstep.trainer.engine import TorchEngine, sum_over_ranks
 from everstep.trainer.errors import TrainingError
 from everstep.trainer.mesh_shape import MeshShape
+from everstep.trainer.meter import StepMeter
 from everstep.trainer.metrics import MetricSink
 from everstep.trainer.rank_spec import StopRequested
 
@@ -28,9 +30,10 @@ class Run:
     shape: MeshShape
     dp_rank: int
     corpus: Corpus
-    stream: TrainStream
+    stream: BatchStream
     engine: TorchEngine
     checkpointer: Checkpointer
+    meter: StepMeter
     sinks: Sequence[MetricSink]
     say: Say
     should_stop: StopRequested
@@ -64,7 +67,8 @@ def train(run: Run) -> bool:
 
         loss_sum = engine.forward_backward(run.stream.next_step())
         # One small reduction gives every rank the same loss and the same decision to stop.
-        asked = torch.tensor(float(run.should_stop()), dtype=torch.float64, device=engine.device)
+        # (full, not tensor: it fills on a GPU, where a copy of the number would wait for it.)
+        asked = torch.full((), float(run.should_stop()), dtype=torch.float64, device=engine.device)
         total, askers = sum_over_ranks(torch.stack([loss_sum, asked]), run.shape.tp)
         loss, stop = total / tokens_per_step, askers > 0
         if not math.isfinite(loss):
@@ -80,8 +84,8 @@ def train(run: Run) -> bool:
             "lr": lr,
             "grad_norm": grad_norm,
             "tokens": step * tokens_per_step,
-            "tokens_per_s": tokens_per_step / step_time_s,
             "step_time_s": step_time_s,
+            **run.meter.measure(step_time_s),
         }
         last = step == config.train.steps
         if _due(step, config.train.eval_every) or (last and config.train.eval_batches):

@@ -52,6 +52,8 @@ def step_parts(report: Report, left_s: float | None) -> list[str]:
         parts.append(f"{short_number(report['tokens_per_s'])} tok/s")
     if report.get("step_time_s") is not None:
         parts.append(f"{short_time(report['step_time_s'])}/step")
+    if report.get("mfu") is not None:
+        parts.append(f"{100 * report['mfu']:.0f} % MFU")
     if left_s is not None and report["step"] < report["steps"]:
         parts.append(f"ETA {clock_time(left_s)}")
     return parts
@@ -191,7 +193,7 @@ class ProgressView:
 
 def short_number(value: float) -> str:
     """1234567 -> '1.23M': three digits and a unit."""
-    for factor, unit in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
+    for factor, unit in ((1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
         if abs(value) >= factor * 0.9995:
             return f"{value / factor:.3g}{unit}"
     return f"{value:.3g}"

@@ -3,13 +3,14 @@
 import math
 import shlex
 import textwrap
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from torch import nn
-
 from everstep.trainer.commands import resume_command
 from everstep.trainer.data import samples_in
+from everstep.trainer.flops import TERA
+from everstep.trainer.progress import short_bytes, short_number
 
 if TYPE_CHECKING:
     from everstep.trainer.loop import Run
@@ -27,7 +28,7 @@ def summarise(run: "Run", run_dir: Path, nproc: int | None, sample: str | None) 
     tokens = config.train.steps * config.data.global_batch * config.data.seq_len
     epochs = run.stream.position / run.stream.samples_per_epoch
     lines = [
-        f"Trained {count_parameters(run.engine.model) / 1e6:.2f} M parameters on {run.shape}",
+        f"Trained {run.engine.parameters / 1e6:.2f} M parameters on {run.shape}",
         f"  data         {corpus.name}: {tokens / 1e6:.3g} M tokens seen, {epochs:.2f} epochs",
     ]
     if len(corpus.parts) > 1:
@@ -41,6 +42,8 @@ def summarise(run: "Run", run_dir: Path, nproc: int | None, sample: str | None) 
         lines.append("  train loss   nothing was left to train")
     if math.isfinite(run.eval_loss):
         lines.append(f"  held-out     {run.eval_loss:.3f} nats per token")
+    if (speed := run.meter.typical()) is not None:
+        lines.append(f"  speed        {speed_words(speed)}")
     lines.append(
         f"  for scale    {corpus.entropy_nats:.3f} is the unigram entropy of the corpus: "
         "a model that only counts"
@@ -62,9 +65,14 @@ def summarise(run: "Run", run_dir: Path, nproc: int | None, sample: str | None) 
     return lines
 
 
-def count_parameters(model: nn.Module) -> int:
-    """Parameters of the whole model, tied ones once, whatever its sharding."""
-    return sum(p.numel() for p in model.parameters())
+def speed_words(speed: Mapping[str, float]) -> str:
+    """What ``StepMeter.typical`` says, for people."""
+    share = f" ({100 * speed['mfu']:.1f} % MFU)" if "mfu" in speed else ""
+    return (
+        f"{short_number(speed['tokens_per_s'])} tokens/s, "
+        f"{short_number(speed['tflops_per_s'] * TERA)}FLOP/s per device{share}, "
+        f"{short_bytes(int(speed['peak_memory_bytes']))} at most on rank 0"
+    )
 
 
 def _command(text: str) -> list[str]:

@@ -17,9 +17,18 @@ from everstep.checkpoint.torch_rng import derive_rng
 from everstep.trainer.config import RunConfig
 from everstep.trainer.config_load import parse_config
 from everstep.trainer.data import Corpus, TrainStream, check_held_out_fits, open_corpus
+from everstep.trainer.data.prefetch import BatchStream, prefetched
+from everstep.trainer.device import prepare_device
 from everstep.trainer.engine import TorchEngine
 from everstep.trainer.loop import Run, Say, train
-from everstep.trainer.mesh_shape import MeshShape, check_config, local_device, resolve_mesh
+from everstep.trainer.mesh_shape import (
+    MeshShape,
+    check_config,
+    local_device,
+    resolve_mesh,
+    settle_micro_batch,
+)
+from everstep.trainer.meter import step_meter
 from everstep.trainer.metrics import open_sinks
 from everstep.trainer.rank_spec import (
     EXIT_DONE,
@@ -56,9 +65,11 @@ def run_rank(spec: RankSpec, report: Reporter, should_stop: StopRequested) -> in
     config = parse_config(spec.config_yaml, f"{spec.run_dir}/config.yaml")
     shape = resolve_mesh(config.mesh, spec.world_size)
     check_config(config, shape)
+    config = settle_micro_batch(config, shape)
     # Any model that ends in a plain layer makes FSDP2 say this; in-place operations are its own.
     warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
     device = _choose_device(config, spec)
+    prepare_device(config.parallel, device)
     _join_group(config, spec, device)
     code = _run(spec, config, shape, device, say if spec.rank == 0 else _mute, should_stop)
     # Not after an error: with a peer gone this can block, and the error would never be told.
@@ -77,22 +88,25 @@ def _run(
     run_dir = Path(spec.run_dir)
     collective = ProcessGroupCollective(timeout_s=config.parallel.timeout_s)
     corpus = _open_corpus(config, run_dir, collective, say)
-    coordinate = {a: i for a, i in shape.coordinate(spec.rank).items() if a != "pp"}
+    coordinate = shape.coordinate(spec.rank)
     dp_rank = coordinate["dp_replicate"] * shape.dp_shard + coordinate["dp_shard"]
     document_end = corpus.tokenizer.eos_id if config.data.document_mask else None
     engine = TorchEngine(config, shape, device, corpus.vocab_size, document_end)
     place = ".".join(f"{axis}{index}" for axis, index in coordinate.items())
     derive_rng(config.seed, 0, place)
-    stream = TrainStream(corpus, config.data, config.seed, dp_rank, shape.dp)
-    with Checkpointer(
-        run_dir / "checkpoints",
-        keep=config.checkpoint.keep,
-        collective=collective,
-        mesh={axis: getattr(shape, axis) for axis in coordinate},
-        coordinate=coordinate,
-        seed=config.seed,
-        threads=torch.get_num_threads(),
-    ) as checkpointer:
+    source = TrainStream(corpus, config.data, config.seed, dp_rank, shape.dp)
+    with (
+        Checkpointer(
+            run_dir / "checkpoints",
+            keep=config.checkpoint.keep,
+            collective=collective,
+            mesh={axis: getattr(shape, axis) for axis in coordinate},
+            coordinate=coordinate,
+            seed=config.seed,
+            threads=torch.get_num_threads(),
+        ) as checkpointer,
+        prefetched(source, config.data.prefetch) as stream,
+    ):
         loaded = _resume(spec, checkpointer, engine, stream, say)
         done_steps = loaded.step if loaded else 0
         sinks = open_sinks(config, run_dir, done_steps) if spec.rank == 0 else []
@@ -104,6 +118,7 @@ def _run(
             stream=stream,
             engine=engine,
             checkpointer=checkpointer,
+            meter=step_meter(config, shape, device, corpus.vocab_size, engine.model),
             sinks=sinks,
             say=say,
             should_stop=should_stop,
@@ -135,17 +150,23 @@ def _choose_device(config: RunConfig, spec: RankSpec) -> torch.device:
     gpus = torch.cuda.device_count()
     if local_device(config.parallel.device, gpus, spec.local_world_size) == "cpu":
         return torch.device("cpu")
-    torch.cuda.set_device(spec.local_rank)
     return torch.device("cuda", spec.local_rank)
 
 
 def _join_group(config: RunConfig, spec: RankSpec, device: torch.device) -> None:
     """Join the default process group; the store outlives every rank (it is the launcher's)."""
-    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+    on_gpu = device.type == "cuda"
+    backend = "cpu:gloo,cuda:nccl" if on_gpu else "gloo"
+    # With its device, NCCL connects at once, and mesh axes split what is connected.
+    device_id = device if on_gpu else None
     timeout = timedelta(seconds=config.parallel.timeout_s)
     if spec.store is None:
         dist.init_process_group(
-            backend, rank=spec.rank, world_size=spec.world_size, timeout=timeout
+            backend,
+            rank=spec.rank,
+            world_size=spec.world_size,
+            timeout=timeout,
+            device_id=device_id,
         )
         return
     host, _, port = spec.store.rpartition(":")
@@ -160,6 +181,7 @@ def _join_group(config: RunConfig, spec: RankSpec, device: torch.device) -> None
         rank=spec.rank,
         world_size=spec.world_size,
         timeout=timeout,
+        device_id=device_id,
     )
 
 
@@ -198,7 +220,7 @@ def _resume(
     spec: RankSpec,
     checkpointer: Checkpointer,
     engine: TorchEngine,
-    stream: TrainStream,
+    stream: BatchStream,
     say: Say,
 ) -> StepInfo | None:
     if spec.resume == "never":
@@ -239,13 +261,14 @@ def _sample(run: Run) -> str | None:
     run.say("message", text=f"writing {n_tokens} tokens of text as a sample")
     prompt = run.corpus.encode(SAMPLE_PROMPT)
     ids = generate(
-        run.engine.model,
+        run.engine.logits_at,
         prompt,
         n_tokens,
         temperature=0.7,
         seed=run.config.seed,
         seq_len=run.config.data.seq_len,
         vocab_size=run.corpus.vocab_size,
+        tp=run.shape.tp,
         should_stop=run.should_stop,
     )
     return run.corpus.decode(ids)

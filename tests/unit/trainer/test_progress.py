@@ -200,3 +200,8 @@ def test_short_quantities() -> None:
         "2:15:00",
         "3 d 4 h",
     ]
+
+
+def test_mfu_is_shown_where_it_is_known() -> None:
+    assert "52 % MFU" in step_parts(step(3, mfu=0.5249), None)
+    assert not any("MFU" in part for part in step_parts(step(3), None))
