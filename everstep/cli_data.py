@@ -12,6 +12,7 @@ data_app = typer.Typer(
 
 @data_app.command(
     "tokenize",
+    short_help="Tokenize text into a folder, on all cores, once for many runs.",
     epilog="""\b
 Examples:
   everstep data tokenize 'books/**/*.txt' --tokenizer bytes --output tokens/books
@@ -26,7 +27,7 @@ After Ctrl-C, or whatever else, the same command goes on where it was stopped.
 def tokenize(
     sources: Annotated[
         list[str],
-        typer.Argument(metavar="SOURCE...", help="Files, folders, globs, URLs of these; stdlib."),
+        typer.Argument(metavar="SOURCE", help="Files, folders, globs, URLs of these; stdlib."),
     ],
     tokenizer: Annotated[
         str,
@@ -55,7 +56,7 @@ def tokenize(
         typer.Option(metavar="KEY=VALUE", help="Option of the URL's file system; YAML values."),
     ] = None,
 ) -> None:
-    """Tokenize SOURCE... into the folder DIR, on all cores, once for many runs."""
+    """Tokenize every SOURCE into the folder DIR, on all cores, once for many runs."""
     from pydantic import ValidationError
     from rich.console import Console
 
@@ -102,7 +103,7 @@ def tokenize(
         raise typer.Exit(STOPPED) from None
 
 
-@data_app.command("inspect")
+@data_app.command("inspect", short_help="Print what a folder of tokens holds.")
 def inspect(
     folder: Annotated[
         Path, typer.Argument(metavar="DIR", help="A folder made by everstep data tokenize.")
