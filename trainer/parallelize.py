@@ -41,7 +41,10 @@ def parallelize(
         apply_tensor_parallel(model, mesh["tp"])
     for block in _blocks(model):
         if parallel.compile:
-            block.forward = torch.compile(block.forward)
+            # Shapes never change in training. All blocks of the built-in model run one code in one
+            # graph, which is compiled once; a user's block may break into several.
+            fullgraph = isinstance(model, Llama)
+            block.forward = torch.compile(block.forward, dynamic=False, fullgraph=fullgraph)
         if parallel.activation_checkpointing:
             block.forward = _recomputed(block.forward)
     if shape.dp > 1 or parallel.precision == "bf16":
