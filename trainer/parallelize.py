@@ -49,7 +49,10 @@ def parallelize(
         split_model(model, spans[mesh["pp"].get_local_rank() :: shape.pp])
     for block in _blocks(model):
         if parallel.compile:
-            block.forward = torch.compile(block.forward)
+            # Shapes never change in training. All blocks of the built-in model run one code in one
+            # graph, which is compiled once; a user's block may break into several.
+            fullgraph = isinstance(model, Llama)
+            block.forward = torch.compile(block.forward, dynamic=False, fullgraph=fullgraph)
         if parallel.activation_checkpointing:
             block.forward = _recomputed(block.forward)
     if shape.dp > 1 or parallel.precision == "bf16":

@@ -260,17 +260,18 @@ def _sample(run: Run) -> str | None:
         return None
     run.say("message", text=f"writing {n_tokens} tokens of text as a sample")
     prompt = run.corpus.encode(SAMPLE_PROMPT)
-    ids = generate(
-        run.engine.logits_at,
-        prompt,
-        n_tokens,
-        temperature=0.7,
-        seed=run.config.seed,
-        seq_len=run.config.data.seq_len,
-        vocab_size=run.corpus.vocab_size,
-        tp=run.shape.tp,
-        should_stop=run.should_stop,
-    )
+    with torch.compiler.set_stance("force_eager"):  # windows grow: each would be compiled anew
+        ids = generate(
+            run.engine.logits_at,
+            prompt,
+            n_tokens,
+            temperature=0.7,
+            seed=run.config.seed,
+            seq_len=run.config.data.seq_len,
+            vocab_size=run.corpus.vocab_size,
+            tp=run.shape.tp,
+            should_stop=run.should_stop,
+        )
     return run.corpus.decode(ids)
 
 

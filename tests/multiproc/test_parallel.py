@@ -9,14 +9,14 @@ from numpy.typing import NDArray
 from torch.distributed.tensor import DTensor, Shard
 
 from everstep.checkpoint.torch_layout import live_tensor
-from everstep.trainer.config import ParallelConfig
+from everstep.trainer.config import ModelConfig, ParallelConfig
 from everstep.trainer.errors import ConfigError
 from everstep.trainer.init import materialise
 from everstep.trainer.loss import IGNORED, token_loss_sum
 from everstep.trainer.mesh import build_mesh
 from everstep.trainer.mesh_shape import AXES, MeshShape
-from everstep.trainer.model import build_model
-from everstep.trainer.parallelize import parallelize
+from everstep.trainer.model import build_model, logits_of
+from everstep.trainer.parallelize import parallelize, set_gradient_sync
 from everstep.trainer.sample import generate, logits_at
 from tests.support.spawn import RankError, run_ranks
 from tests.support.training import SEQ_LEN, VOCAB, TinyResult, TinyRun, train_tiny
@@ -93,6 +93,42 @@ def test_compiled_blocks_train_alike(sizes: dict[str, int]) -> None:
     expected = _one_rank(TinyRun())
     for result in run_ranks(train_tiny, 2, run, timeout_s=280):
         np.testing.assert_allclose(result.losses, expected.losses, rtol=1e-5)
+
+
+def _graphs_of_ten_blocks(rank: int, world_size: int) -> dict[str, int]:
+    """How many graphs training, evaluation and sampling compile."""
+    from torch._dynamo.utils import counters
+
+    config = ModelConfig(dim=32, layers=10, heads=4, kv_heads=2, dropout=0.1)
+    shape = MeshShape()
+    parallel = ParallelConfig(compile=True, activation_checkpointing=True, precision="bf16")
+    model = build_model(config, vocab_size=VOCAB, seq_len=SEQ_LEN, seed=3)
+    parallelize(model, build_mesh(shape, "cpu"), shape, parallel)
+    materialise(model, torch.device("cpu"), seed=3)
+    tokens_BL = torch.arange(2 * SEQ_LEN).reshape(2, SEQ_LEN)
+    sample_B = torch.arange(2)
+    found = {}
+    for last in (False, True, False, True):
+        set_gradient_sync(model, last)
+        loss = token_loss_sum(logits_of(model, tokens_BL, sample_B), tokens_BL)
+        torch.autograd.backward(loss)
+    found["training"] = counters["stats"]["unique_graphs"]
+    model.eval()
+    with torch.no_grad():
+        for _ in range(2):
+            logits_of(model, tokens_BL, sample_B)
+    found["evaluation"] = counters["stats"]["unique_graphs"]
+    with torch.compiler.set_stance("force_eager"):
+        generate(logits_at(model), [1], 9, temperature=0.0, seed=0, seq_len=SEQ_LEN)
+    found["sampling"] = counters["stats"]["unique_graphs"]
+    return found
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+def test_all_blocks_are_one_graph_per_mode() -> None:
+    (found,) = run_ranks(_graphs_of_ten_blocks, 1, timeout_s=280)
+    assert found == {"training": 1, "evaluation": 2, "sampling": 2}
 
 
 def _initial_parts(
