@@ -34,7 +34,7 @@ def run_parts(
             process.start()
             theirs.close()
             running[ours] = process
-            ours.send(waiting.pop())
+            _send(ours, process, waiting.pop())
         while len(results) < len(parts):
             for ready in wait(list(running)):
                 assert isinstance(ready, Connection)
@@ -47,7 +47,7 @@ def run_parts(
                     number, results[number] = value
                     display.part_done()
                     if waiting:
-                        ready.send(waiting.pop())
+                        _send(ready, running[ready], waiting.pop())
         return results
     finally:
         for connection, process in running.items():
@@ -61,9 +61,21 @@ def _receive(connection: Connection, process: SpawnProcess) -> tuple[str, Any]:
     try:
         kind, value = connection.recv()
     except (EOFError, OSError) as error:
-        process.join()
-        raise DataError(
-            f"a tokenizing process died (exit code {process.exitcode}; -9 often means that memory "
-            "ran out); run the same command again, perhaps with fewer --workers"
-        ) from error
+        raise _died(process) from error
     return kind, value
+
+
+def _send(connection: Connection, process: SpawnProcess, part: Part) -> None:
+    """Gives a worker something to do."""
+    try:
+        connection.send(part)
+    except OSError as error:
+        raise _died(process) from error
+
+
+def _died(process: SpawnProcess) -> DataError:
+    process.join()
+    return DataError(
+        f"a tokenizing process died (exit code {process.exitcode}; -9 often means that memory ran "
+        "out); run the same command again, perhaps with fewer --workers"
+    )

@@ -1,7 +1,9 @@
 """``everstep data tokenize``: the same bytes with any number of workers, however often killed."""
 
 import json
+import os
 import random
+import signal
 import subprocess
 import sys
 import time
@@ -47,7 +49,7 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
     folder = tmp_path_factory.mktemp("source") / "data"
     write_texts(folder, count=5)
-    write_lines(folder / "large.jsonl", texts_of(1, 4000))
+    write_lines(folder / "large.jsonl", texts_of(1, 10_000))
     write_lines(folder / "small.jsonl", texts_of(2, 20))
     parquet.write_table(
         pa.table({"text": texts_of(3, 3000)}), folder / "web.parquet", row_group_size=200
@@ -98,7 +100,7 @@ def test_it_holds_every_document_once_in_order(source: Path, made: Path) -> None
     index = read_folder(made)
     tokens = np.concatenate(open_shards(made, index))
     texts = [(source / f"{i:03d}.txt").read_text(encoding="utf-8") for i in range(5)]
-    texts += [*texts_of(1, 4000), *texts_of(2, 20), *texts_of(3, 3000)]
+    texts += [*texts_of(1, 10_000), *texts_of(2, 20), *texts_of(3, 3000)]
     assert tokens.tolist() == [t for text in texts for t in [*text.encode(), 256]]
     assert index.documents == len(texts)
     assert index.text_bytes == sum(len(text.encode()) for text in texts)
@@ -178,6 +180,19 @@ def test_ctrl_c_stops_and_the_same_command_goes_on(
     unchanged = [path for path, mtime_ns in kept.items() if path.stat().st_mtime_ns == mtime_ns]
     assert unchanged, "what was done is not done again"
     assert damaged not in unchanged
+
+
+def test_a_worker_that_dies_is_an_error_and_not_a_hang(source: Path, tmp_path: Path) -> None:
+    def workers(started: cli.Command) -> list[int]:
+        alive = {pid: Path(f"/proc/{pid}/cmdline") for pid in started.alive()}
+        return [pid for pid, path in alive.items() if b"spawn_main" in path.read_bytes()]
+
+    with cli.command(*arguments(source, 2), cwd=tmp_path) as started:
+        assert cli.wait_until(lambda: len(workers(started)) > 0)
+        os.kill(workers(started)[0], signal.SIGKILL)
+        assert started.wait() == 1, started.output
+        started.assert_nothing_left()
+    assert "error: a tokenizing process died (exit code -9;" in started.output
 
 
 def test_a_second_one_at_once_is_refused(source: Path, tmp_path: Path) -> None:
@@ -322,11 +337,11 @@ def test_inspect(
         (copy / name).write_bytes(content)
     assert run("data", "inspect", made) == 0
     shown = capsys.readouterr().out
-    assert "documents  7,025" in shown
+    assert "documents  13,025" in shown
     assert "verified" not in shown
     assert run("data", "inspect", made, "--verify", "--json") == 0
     found = json.loads(capsys.readouterr().out)
-    assert found["documents"] == 7025
+    assert found["documents"] == 13025
     assert found["verified"] is True
     assert found["tokens"] == read_folder(made).tokens
     shard = copy / found["shards"][3]["file"]
