@@ -35,6 +35,7 @@ seed: 7
 train: {steps: 20, eval_every: 10, eval_batches: 2}
 model: {dim: 128, layers: 2, heads: 4, kv_heads: 2, dropout: 0.1}
 data: {seq_len: 128, global_batch: 8, micro_batch: 2}
+mesh: {dp_shard: 1}
 optim: {lr: 3e-3, warmup_steps: 5}
 checkpoint: {every_steps: 10}
 """
