@@ -4,7 +4,6 @@ Actors and placement groups that are created through it belong to this process: 
 however that comes about, Ray ends them.
 """
 
-import importlib.util
 import logging
 import signal
 import socket
@@ -17,41 +16,10 @@ from everstep.cluster.causes import one_line
 from everstep.cluster.driver import Waiting, wait_silently
 from everstep.cluster.errors import LaunchError
 from everstep.cluster.ray_plan import Node
-from everstep.trainer.errors import ConfigError
 
 REACH_S = 15.0
 """Longest time that a cluster may take to answer."""
 _POLL_S = 0.1
-
-
-def require_ray() -> None:
-    """Raise ConfigError where ray is not installed; does not import it."""
-    if not ray_installed():
-        raise ConfigError(
-            "--launcher ray needs ray, which is not installed: pip install 'everstep[ray]', or use "
-            "--launcher local"
-        )
-
-
-def ray_installed() -> bool:
-    """Whether ray can be imported; does not import it."""
-    return importlib.util.find_spec("ray") is not None
-
-
-def check_address(address: str) -> None:
-    """Raise ConfigError unless an address is one that a command inside the cluster can join."""
-    if "://" in address:
-        raise ConfigError(
-            f"launch.address={address!r} is for programs outside of the cluster: everstep submit "
-            "CONFIG --address http://HEAD:8265 runs a config there, or give 'host:port' or 'auto' "
-            "on a node of the cluster"
-        )
-    host, _, port = address.rpartition(":")
-    if address != "auto" and not (host and port.isdigit() and int(port) < 65536):
-        raise ConfigError(
-            f"launch.address: got {address!r}, expected 'host:port' of the head of a Ray cluster "
-            "(often port 6379), or 'auto' on one of its nodes"
-        )
 
 
 class RayCluster:

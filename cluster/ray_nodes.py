@@ -33,6 +33,11 @@ _SHORTEST_TMP = 40
 """Ray puts Unix sockets there, whose names may not be long."""
 _STORE_BYTES = 80 * 2**20
 """Object store of a node: the least that Ray accepts, since nothing large is kept there."""
+_HEAD: dict[str, Any] = {
+    "dashboard_port": 0,
+    "include_log_monitor": False,
+    "no_monitor": True,
+}
 _POLL_S = 0.1
 
 
@@ -157,11 +162,6 @@ def _serve(subject: dict[str, Any], report: Reporter, should_stop: StopRequested
             node = NodePlan(**plan)
             if node.gpus:
                 os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(node.gpus)
-            head: dict[str, Any] = {
-                "dashboard_port": 0,
-                "include_log_monitor": False,
-                "no_monitor": True,
-            }
             started.append(
                 cluster.add_node(
                     num_cpus=node.cpus,
@@ -171,7 +171,7 @@ def _serve(subject: dict[str, Any], report: Reporter, should_stop: StopRequested
                     object_store_memory=_STORE_BYTES,
                     dashboard_agent_listen_port=None,
                     include_dashboard=subject["dashboard"],
-                    **(head if number == 0 else {}),
+                    **(_HEAD if number == 0 else {}),
                 )
             )
             if should_stop():
