@@ -4,12 +4,14 @@ Actors and placement groups that are created through it belong to this process: 
 however that comes about, Ray ends them.
 """
 
+import contextlib
 import logging
 import signal
 import socket
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 from everstep.cluster.causes import one_line
@@ -62,6 +64,15 @@ class RayCluster:
 
         return str(ray.util.get_node_ip_address())
 
+    def messages_to(self, log: Path) -> None:
+        """What Ray has to say about the cluster from now on goes to the end of a file."""
+
+        def write(message: Mapping[str, Any]) -> None:
+            with contextlib.suppress(OSError), log.open("a", encoding="utf-8") as file:
+                file.writelines(f"({message['pid']}) {line}\n" for line in message["lines"])
+
+        _take_messages(write)
+
     def failure(self) -> str | None:
         """Why the cluster can no longer be used; None = it can."""
         return None
@@ -91,6 +102,7 @@ def join(address: str, waiting: Waiting = wait_silently) -> RayCluster:
     _reach(where, waiting)
     # Warnings of Ray are for its own log files, except what ends the run: that comes as an error.
     logging.getLogger("ray").setLevel(logging.ERROR)
+    _take_messages(lambda message: None)
     before = signal.getsignal(signal.SIGTERM)
     try:
         ray.init(address=where, log_to_driver=False, logging_level=logging.ERROR)
@@ -155,6 +167,16 @@ def _reach(address: str, waiting: Waiting) -> None:
         )
     if isinstance(answer[0], Exception):
         raise LaunchError(_why_not_joined(address, str(answer[0]))) from answer[0]
+
+
+def _take_messages(write: Callable[[Mapping[str, Any]], None]) -> None:
+    """Ray prints messages about nodes and workers to standard output, whatever it is told."""
+    from ray._private import worker
+
+    def print_to_stdstream(message: Mapping[str, Any], *args: Any, **kwargs: Any) -> None:
+        write(message)
+
+    worker.print_to_stdstream = print_to_stdstream  # type: ignore[assignment]
 
 
 def _why_not_joined(address: str, message: str) -> str:

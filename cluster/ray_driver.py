@@ -31,7 +31,7 @@ from everstep.cluster.driver import (
 )
 from everstep.cluster.errors import LaunchError
 from everstep.cluster.helper import Helper
-from everstep.cluster.local_driver import DEFAULT_PRELOAD, DEFAULT_TARGET
+from everstep.cluster.local_driver import DEFAULT_PRELOAD, DEFAULT_TARGET, START_LOG_NAME
 from everstep.cluster.ray_cluster import RayCluster
 from everstep.cluster.ray_metrics import RunMetrics
 from everstep.cluster.ray_plan import (
@@ -44,7 +44,7 @@ from everstep.cluster.ray_plan import (
     too_small,
     waiting_words,
 )
-from everstep.cluster.ray_worker import HostSetup, installed_versions
+from everstep.cluster.ray_worker import HostSetup, installed_versions, start_log_name
 from everstep.cluster.shared_dir import remove_token, wait_for_ranks, write_token
 from everstep.trainer.config import LaunchConfig
 from everstep.trainer.rank_spec import RankSpec
@@ -55,8 +55,10 @@ UNREACHABLE_S = 5.0
 """A rank whose actor does not answer for so long is given up."""
 _TAKE_S = 5.0
 _POLL_S = 0.1
+_SHORT_WAIT_S = 2.0
 _PROBE_S = 1.0
 _CLOSE_S = 5.0
+RAY_LOG_NAME = "ray.log"
 _STORE_TARGET = "everstep.cluster.rendezvous:serve"
 
 
@@ -124,14 +126,10 @@ class RayDriver:
         self._broken = False
         self._ending = False
 
-    @property
-    def start_log(self) -> Path:
-        """What the store's process writes."""
-        return self._run_dir / "logs" / "start.log"
-
     def place(self, world_size: int, waiting: Waiting = wait_silently) -> Placement:
         """Reserve a place for every rank; waits while others use it. Raises LaunchError."""
         self._cluster = self._open_cluster(waiting)
+        self._cluster.messages_to(self._run_dir / "logs" / RAY_LOG_NAME)
         self._bundle = bundle_of(
             self._launch.cpus_per_rank, self._gpus_per_rank, self._launch.resources_per_rank
         )
@@ -223,6 +221,7 @@ class RayDriver:
         if self._store is not None:
             self._store.close(_CLOSE_S)
             self._store = None
+        self._remove_empty_logs()
         if self._group is not None:
             from ray.util.placement_group import remove_placement_group
 
@@ -245,16 +244,17 @@ class RayDriver:
         self._group = placement_group(
             [self._bundle] * world_size, strategy=placement.upper(), name=f"everstep/{self._name}"
         )
-        deadline_s = time.monotonic() + self._launch.place_timeout_s
+        began_s = time.monotonic()
         while (table := placement_group_table(self._group))["state"] != "CREATED":
             words = waiting_words(self._bundle, world_size, self._cluster.free())
-            if time.monotonic() > deadline_s:
+            waited_s = time.monotonic() - began_s
+            if waited_s > self._launch.place_timeout_s:
                 raise LaunchError(
                     f"{words}, and it did not get free within launch.place_timeout_s="
                     f"{self._launch.place_timeout_s:g} seconds: wait for others to end, raise that "
                     "time, or use a smaller mesh"
                 )
-            waiting(words)
+            waiting(words if waited_s > _SHORT_WAIT_S else "looking for a place for all ranks")
             time.sleep(_POLL_S)
         nodes = {node.node_id: node for node in self._cluster.nodes()}
         where = table["bundles_to_node_id"]
@@ -269,10 +269,16 @@ class RayDriver:
         assert self._cluster is not None
         with rendezvous.listen(self._launch.port, self._cluster.own_address()) as listener:
             address, port = listener.getsockname()[:2]
-            self._store = Helper(
-                "the rendezvous store", _STORE_TARGET, self.start_log, listener=listener
-            )
+            log = self._run_dir / "logs" / START_LOG_NAME
+            self._store = Helper("the rendezvous store", _STORE_TARGET, log, listener=listener)
         return f"{address}:{port}"
+
+    def _remove_empty_logs(self) -> None:
+        for rank in range(len(self._rank_nodes)):
+            log = self._run_dir / "logs" / start_log_name(rank)
+            with contextlib.suppress(OSError):
+                if log.stat().st_size == 0:
+                    log.unlink()
 
     def _broken_events(self) -> list[DriverEvent]:
         if self._broken or self._ending:

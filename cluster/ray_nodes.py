@@ -154,8 +154,7 @@ def _serve(subject: dict[str, Any], report: Reporter, should_stop: StopRequested
     from ray.cluster_utils import Cluster
 
     logging.getLogger("ray").setLevel(logging.WARNING)
-    host.adopt_orphans()
-    cluster = Cluster(shutdown_at_exit=False)
+    cluster = Cluster()  # whose processes the kernel ends with this one
     started = []
     try:
         for number, plan in enumerate(subject["nodes"]):
@@ -194,6 +193,7 @@ def _serve(subject: dict[str, Any], report: Reporter, should_stop: StopRequested
                 )
         return 0
     finally:
+        host.adopt_orphans()  # what a node leaves behind when it is killed
         host.end_descendants()
 
 

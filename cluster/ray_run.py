@@ -12,7 +12,7 @@ from everstep.cluster import exit_codes
 from everstep.cluster.controller import run_controlled, say
 from everstep.cluster.driver import ClusterDriver, PlacingAbandoned, Waiting
 from everstep.cluster.ray_cluster import RayCluster, join
-from everstep.cluster.ray_driver import RayDriver
+from everstep.cluster.ray_driver import RAY_LOG_NAME, RayDriver
 from everstep.cluster.ray_nodes import NodePlan, OwnRay
 from everstep.cluster.run_dir import RunDir
 from everstep.cluster.stop_signals import StopSignals
@@ -54,7 +54,7 @@ def run_on_own_ray(
 
     def open_driver(prepared: RunDir) -> ClusterDriver:
         def open_cluster(waiting: Waiting) -> RayCluster:
-            return _start_own(nodes, prepared.logs / "ray.log", waiting)
+            return _start_own(nodes, prepared.logs / RAY_LOG_NAME, waiting)
 
         return _driver(open_cluster, prepared, config, on_gpus=bool(gpus))
 
