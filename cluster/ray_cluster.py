@@ -4,6 +4,7 @@ Actors and placement groups that are created through it belong to this process: 
 however that comes about, Ray ends them.
 """
 
+import atexit
 import contextlib
 import logging
 import signal
@@ -21,6 +22,10 @@ from everstep.cluster.ray_plan import Node
 
 REACH_S = 15.0
 """Longest time that a cluster may take to answer."""
+SILENT_S = 40.0
+"""A cluster whose head has not answered for so long is given up; Ray would abort after 60 s."""
+_LEAVE_S = 10.0
+_PROBE_EVERY_S = 2.0
 _POLL_S = 0.1
 
 
@@ -29,6 +34,8 @@ class RayCluster:
 
     def __init__(self, address: str) -> None:
         self.address = address
+        self._probed_s = time.monotonic()
+        self._answered_s = self._probed_s
 
     def nodes(self) -> list[Node]:
         """Nodes that are alive, the head first."""
@@ -75,20 +82,53 @@ class RayCluster:
 
     def failure(self) -> str | None:
         """Why the cluster can no longer be used; None = it can."""
-        return None
+        now_s = time.monotonic()
+        if now_s - self._probed_s >= _PROBE_EVERY_S:
+            self._probed_s = now_s
+            if answers(self.address):
+                self._answered_s = now_s
+        if now_s - self._answered_s < SILENT_S:
+            return None
+        return f"the head of the Ray cluster at {self.address} has not answered for {SILENT_S:g} s"
 
     def leave(self) -> None:
         """End what this process has in the cluster; may be called twice."""
         import ray
 
-        if ray.is_initialized():
-            ray.shutdown()
+        if ray.is_initialized() and not within(_LEAVE_S, ray.shutdown):
+            atexit.unregister(ray.shutdown)  # it would wait there again
 
     def __enter__(self) -> "RayCluster":
         return self
 
     def __exit__(self, *error: object) -> None:
         self.leave()
+
+
+def within(limit_s: float, call: Callable[[], object]) -> bool:
+    """Whether a call to Ray returned in time; without its head, Ray waits for a minute and aborts.
+
+    What it raises is of no interest here.
+    """
+
+    def run() -> None:
+        with contextlib.suppress(Exception):
+            call()
+
+    thread = threading.Thread(target=run, name="everstep-ray-call", daemon=True)
+    thread.start()
+    thread.join(limit_s)
+    return not thread.is_alive()
+
+
+def answers(address: str, timeout_s: float = 1.0) -> bool:
+    """Whether somebody listens at 'host:port'."""
+    host, _, port = address.rpartition(":")
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=timeout_s).close()
+    except OSError:
+        return False
+    return True
 
 
 def join(address: str, waiting: Waiting = wait_silently) -> RayCluster:

@@ -10,7 +10,6 @@ import contextlib
 import json
 import os
 import signal
-import socket
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -32,7 +31,7 @@ from everstep.cluster.driver import (
 from everstep.cluster.errors import LaunchError
 from everstep.cluster.helper import Helper
 from everstep.cluster.local_driver import DEFAULT_PRELOAD, DEFAULT_TARGET, START_LOG_NAME
-from everstep.cluster.ray_cluster import RayCluster
+from everstep.cluster.ray_cluster import RayCluster, answers, within
 from everstep.cluster.ray_metrics import RunMetrics
 from everstep.cluster.ray_plan import (
     Node,
@@ -56,7 +55,7 @@ UNREACHABLE_S = 5.0
 _TAKE_S = 5.0
 _POLL_S = 0.1
 _SHORT_WAIT_S = 2.0
-_PROBE_S = 1.0
+_KILL_S = 2.0
 _CLOSE_S = 5.0
 RAY_LOG_NAME = "ray.log"
 _STORE_TARGET = "everstep.cluster.rendezvous:serve"
@@ -207,8 +206,7 @@ class RayDriver:
     def kill(self) -> None:
         """End all actors; their ranks' processes die with them."""
         self._ending = True
-        for rank in self._ranks.values():
-            _kill(rank.actor)
+        _kill([rank.actor for rank in self._ranks.values()])
 
     def close(self) -> None:
         """End the actors, wait until their ranks are gone, give everything back, and leave."""
@@ -225,9 +223,8 @@ class RayDriver:
         if self._group is not None:
             from ray.util.placement_group import remove_placement_group
 
-            with contextlib.suppress(Exception):  # the cluster is gone already
-                remove_placement_group(self._group)
-            self._group = None
+            group, self._group = self._group, None
+            within(_KILL_S, lambda: remove_placement_group(group))
         if self._cluster is not None:
             self._cluster.leave()
             self._cluster = None
@@ -315,7 +312,7 @@ class RayDriver:
             else:
                 events.append(RankExit(rank=number, code=message["exit"], time_s=message["time"]))
                 del self._ranks[number]
-                _kill(rank.actor)
+                _kill([rank.actor])
                 return events
         rank.seen += len(messages)
         rank.pending = rank.actor.take.remote(rank.seen, _TAKE_S)
@@ -324,13 +321,16 @@ class RayDriver:
     def _unreachable(self, number: int) -> list[DriverEvent]:
         """Its node may have died, or only the way to it: ask until that is clear."""
         rank = self._ranks[number]
+        if self._ending:
+            del self._ranks[number]
+            return [_lost(number, None)]
         now_s = time.monotonic()
         since_s = rank.silent_since_s = rank.silent_since_s or now_s
-        if _answers(rank.node) and now_s - since_s < UNREACHABLE_S:
+        if _node_answers(rank.node) and now_s - since_s < UNREACHABLE_S:
             rank.pending = rank.actor.take.remote(rank.seen, _TAKE_S)
             return []
         del self._ranks[number]
-        _kill(rank.actor)
+        _kill([rank.actor])
         return [_lost(number, lost_with_node(rank.node))]
 
     def _died(self, number: int, error: Exception) -> DriverEvent:
@@ -347,7 +347,7 @@ class RayDriver:
                 f"({one_line(message.strip().splitlines()[-1])}): install everstep there, and "
                 "what it needs, as here",
             )
-        if says_node_died(message) or not _answers(rank.node):
+        if says_node_died(message) or not _node_answers(rank.node):
             return _lost(number, lost_with_node(rank.node))
         if isinstance(error, ray.exceptions.OutOfMemoryError):
             return _lost(
@@ -397,20 +397,23 @@ def _actor_class() -> Any:
     return ray.remote(**groups)(Rank)
 
 
-def _answers(node: Node) -> bool:
-    """Whether the raylet of a node still listens."""
-    try:
-        socket.create_connection((node.address, node.port), timeout=_PROBE_S).close()
-    except OSError:
-        return False
-    return True
-
-
-def _kill(actor: Any) -> None:
+def _kill(actors: Sequence[Any]) -> None:
+    """End actors that have begun, and those that have not; never waits long."""
     import ray
 
-    with contextlib.suppress(Exception):  # it is gone, or the cluster is
-        ray.kill(actor, no_restart=True)
+    for actor in actors:
+        with contextlib.suppress(Exception):
+            actor.ask.remote("end")
+
+    def kill() -> None:
+        for actor in actors:
+            ray.kill(actor, no_restart=True)
+
+    within(_KILL_S, kill)
+
+
+def _node_answers(node: Node) -> bool:
+    return answers(f"{node.address}:{node.port}")
 
 
 def _lost(rank: int, why: str | None) -> RankExit:

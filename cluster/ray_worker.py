@@ -112,7 +112,9 @@ class RankHost:
             return batch
 
     def ask(self, what: str) -> None:
-        """'stop' after the step, or 'dump' the stacks into the log."""
+        """'stop' after the step, 'dump' the stacks into the log, or 'end' at once."""
+        if what == "end":
+            os._exit(exit_codes.FAILED)  # the rank's processes end with this one
         self._asked.put(what)
 
     @property
