@@ -15,6 +15,7 @@ PENDING, RUNNING, STOPPED = "PENDING", "RUNNING", "STOPPED"
 SUCCEEDED, FAILED = "SUCCEEDED", "FAILED"
 _ENDED = frozenset({STOPPED, SUCCEEDED, FAILED})
 _COMMAND_NOT_FOUND = 127
+_TAIL_CHARS = 200
 _END = re.compile(rf"^{re.escape(END)} (\d+)$", re.MULTILINE)
 _STEP = re.compile(r"^(?:saved )?step (\d+)\b", re.MULTILINE)
 _PLUMBING = re.compile(
@@ -119,16 +120,22 @@ class JobLog:
         self._seen_chars = seen_chars
         self._position = 0
         self._rest = ""
-        self.exit_code: int | None = None
-        """That the job told at its end."""
+        self._tail = ""
+
+    @property
+    def exit_code(self) -> int | None:
+        """That the job told at its end, be that shown or not."""
+        return told_exit_code(self._tail)
 
     def rewind(self) -> None:
         """The log comes from its beginning again."""
         self._position = 0
+        self._tail = ""
 
     def feed(self, piece: str) -> list[str]:
         """Lines that are complete now."""
         begin = self._position
+        self._tail = (self._tail + piece)[-_TAIL_CHARS:]
         self._position += len(piece)
         fresh = piece[max(0, self._seen_chars - begin) :]
         self._seen_chars = max(self._seen_chars, self._position)
@@ -141,9 +148,6 @@ class JobLog:
         return self._shown([rest]) if rest else []
 
     def _shown(self, lines: Sequence[str]) -> list[str]:
-        for line in lines:
-            told = told_exit_code(line)
-            self.exit_code = self.exit_code if told is None else told
         return [line for line in lines if not _PLUMBING.match(line)]
 
 

@@ -94,7 +94,7 @@ def submit(
     if before is not None and request.resume == "auto":
         _say(
             f"  {request.run_dir} is that of {before.id} ({state_word(before)}): goes on from its "
-            "newest checkpoint"
+            "newest checkpoint, if it has one"
         )
     if not follow:
         for line in _next_commands(job_id, request.address):
@@ -247,6 +247,7 @@ def _show_job(server: JobServer, record: JobRecord, as_json: bool) -> None:
         ("ended", "" if record.ended_s is None else local_time(record.ended_s)),
         ("exit code", "" if code is None else str(code)),
         ("again", record.fact("command")),
+        ("Ray says", record.message if record.status == PENDING else ""),
     ]
     _say(record.id)
     for name, value in facts:
