@@ -7,6 +7,7 @@ import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -23,6 +24,7 @@ from everstep.cluster.job_errors import (
     UnknownJobError,
 )
 from everstep.cluster.ray_submit import RayJobServer, probe, record_of
+from everstep.cluster.submission import Submission
 
 requests = pytest.importorskip("requests")
 
@@ -98,7 +100,7 @@ def test_other_web_servers(status: int, body: bytes) -> None:
 def test_a_port_that_speaks_something_else(answer: bytes) -> None:
     with (
         raw_server(answer) as address,
-        pytest.raises(NotADashboardError, match="does not speak HTTP.*not the GCS port"),
+        pytest.raises(NotADashboardError, match=r"does not speak HTTP.*not the GCS port"),
     ):
         probe(address)
 
@@ -184,25 +186,19 @@ def test_refusals(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_connection_lost(monkeypatch: pytest.MonkeyPatch) -> None:
-    error = requests.exceptions.ConnectionError(
-        "HTTPConnectionPool: [Errno 111] Connection refused"
-    )
+    error = requests.exceptions.ConnectionError("Pool: [Errno 111] Connection refused")
     with pytest.raises(ConnectionLostError, match=r"\(connection refused\)"):
         server_failing(monkeypatch, error).get("job-a")
 
 
 def test_id_taken(monkeypatch: pytest.MonkeyPatch) -> None:
-    from everstep.cluster.submission import plan_submission
-    from everstep.trainer.config_load import parse_config
-    from tests.unit.cluster.test_submission import request
-
     text = "Request failed with status code 400: Job with submission_id job-a already exists."
     server = server_failing(monkeypatch, RuntimeError(text))
-    config = parse_config("train: {steps: 5}", "test")
-    from pathlib import Path
-
+    submission = Submission(
+        job_id="job-a", entrypoint="true", metadata={}, env={}, pip=(), archive=Path("x.zip")
+    )
     with pytest.raises(JobIdTakenError, match="--id job-a"):
-        server.submit(plan_submission(request(), config, "job-a", "0.1", Path("x.zip")))
+        server.submit(submission)
 
 
 @pytest.mark.parametrize(
