@@ -1,7 +1,8 @@
-"""What surrounds the work of a process that the zygote forked: its log, its link, its ending.
+"""What surrounds the work of a process beside the controller: its log, its link, its ending.
 
-The work is a function named "module:function". A rank's gets a RankSpec, the store's gets its
-listening socket; both get ``report`` and ``should_stop`` and return an exit code.
+The work is a function named "module:function". A rank's gets a RankSpec, a helper's (the store's,
+for example) gets a listening socket or plain data; all get ``report`` and ``should_stop`` and
+return an exit code.
 """
 
 import contextlib
@@ -86,12 +87,12 @@ def run(parent_pid: int, log: str, fds: Sequence[int]) -> NoReturn:
         signal.signal(signal.SIGTERM, link.stop)
         order = link.receive_order()
         if order["rank"] is None:
-            # Ranks that a signal to everybody asks to stop need the store to the end.
+            # Ranks that a signal to everybody asks to stop need their helpers to the end.
             signal.signal(signal.SIGTERM, signal.SIG_IGN)
             link.stamp(rank=None)
-            listener = socket.socket(fileno=fds[1])
+            subject = socket.socket(fileno=fds[1]) if len(fds) > 1 else order["subject"]
             code = work(
-                order["target"], listener, link.report, link.should_stop, _trace_to_stderr, log
+                order["target"], subject, link.report, link.should_stop, _trace_to_stderr, log
             )
         else:
             code = _run_rank(order, link, log)

@@ -84,10 +84,18 @@ def train(
     launcher: Annotated[
         Launcher,
         typer.Option(
-            help="Who starts the ranks: 'local' this command, 'external' torchrun or srun, whose "
-            "environment it reads; 'auto' sees which."
+            help="Who starts the ranks: 'local' this command, 'ray' a Ray cluster (or Ray on this "
+            "host), 'external' torchrun or srun, whose environment it reads; 'auto' sees which."
         ),
     ] = Launcher.AUTO,
+    address: Annotated[
+        str | None,
+        typer.Option(
+            metavar="HOST:PORT|auto",
+            help="The Ray cluster to train in; default: launch.address, RAY_ADDRESS, or else Ray "
+            "is started on this host for the run.",
+        ),
+    ] = None,
     nproc: Nproc = None,
     resume: Annotated[
         str,
@@ -120,6 +128,7 @@ def train(
         run_dir=run_dir,
         environment=os.environ,
         console=Console(),
+        address=address,
     )
     raise typer.Exit(code)
 
