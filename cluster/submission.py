@@ -194,6 +194,12 @@ def plan_submission(
     )
 
 
+def in_job(config: RunConfig) -> RunConfig:
+    """The run as the job is to have it: in the cluster that it was submitted to, no other one."""
+    launch = config.launch.model_copy(update={"address": None})
+    return config.model_copy(update={"launch": launch})
+
+
 def relative_inputs(config: RunConfig) -> list[tuple[str, str]]:
     """(key, path or glob) of every input that is named relative to the working directory."""
     data: dict[str, Any] = config.model_dump()["data"]

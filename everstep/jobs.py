@@ -40,6 +40,7 @@ from everstep.cluster.submission import (
     check_input,
     check_job_id,
     dashboard_address,
+    in_job,
     new_job_id,
     plan_submission,
     relative_inputs,
@@ -84,7 +85,7 @@ def submit(
     with tempfile.TemporaryDirectory(prefix="everstep-") as temporary:
         archive = Path(temporary) / "job.zip"
         texts = {
-            STAGED_CONFIG: dump_config(config),
+            STAGED_CONFIG: dump_config(in_job(config)),
             STAGED_ENTRY: Path(job_entry.__file__).read_text(encoding="utf-8"),
         }
         write_archive(archive, files, texts)
