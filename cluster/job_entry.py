@@ -40,7 +40,9 @@ def missing(found: Callable[[str], object] = importlib.util.find_spec) -> str | 
         "error: {} cannot be imported by the job's Python on the cluster ({}): install {} on every "
         "node (in the image), add it to the job's runtime env with --pip, or choose another Python "
         "with --python".format(
-            " and ".join(absent), sys.executable, "it" if len(absent) == 1 else "them"
+            " and ".join(filter(None, [", ".join(absent[:-1]), absent[-1]])),
+            sys.executable,
+            "it" if len(absent) == 1 else "them",
         )
     )
 

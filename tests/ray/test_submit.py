@@ -1,6 +1,7 @@
 """Runs submitted to a real Ray cluster of two nodes, through the command line as a user has it."""
 
 import json
+import os
 import sys
 import venv
 from collections.abc import Iterator, Mapping
@@ -11,6 +12,7 @@ import pytest
 from everstep.cluster.ray_nodes import OwnRay
 from tests.support import cli
 from tests.support.ray_cluster import ray_cluster
+from tests.support.ray_cluster import variables as variables_set
 
 pytestmark = [pytest.mark.ray, pytest.mark.multiproc, pytest.mark.timeout(400)]
 DEADLINE_S = 240.0
@@ -54,7 +56,10 @@ def make(vocab_size, seq_len, width):
 @pytest.fixture(scope="module")
 def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[OwnRay]:
     """Two nodes with a job server."""
-    with ray_cluster(tmp_path_factory.mktemp("ray") / "ray.log", dashboard=True) as ray:
+    root = str(Path(__file__).resolve().parents[2])
+    path = os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")]))
+    log = tmp_path_factory.mktemp("ray") / "ray.log"
+    with variables_set({"PYTHONPATH": path}), ray_cluster(log, dashboard=True) as ray:
         yield ray
 
 
@@ -134,7 +139,7 @@ def test_failures_are_told_in_one_sentence(
     lacking = ("--python", f"{bare}/bin/python", "--env", "PYTHONPATH=")
     code, output = everstep(*submit(tmp_path / "a", *lacking), cwd=project, variables=variables)
     assert code == 1, output
-    assert "error: everstep and torch and ray cannot be imported by the job's Python" in output
+    assert "error: everstep, torch and ray cannot be imported by the job's Python" in output
     assert "runtime env" in output
 
     broken = submit(tmp_path / "b", "--env", "BROKEN=1", "--id", "broken")
