@@ -36,14 +36,11 @@ def missing(found: Callable[[str], object] = importlib.util.find_spec) -> str | 
     absent = [name for name in NEEDED if found(name) is None]
     if not absent:
         return None
+    names = " and ".join(filter(None, [", ".join(absent[:-1]), absent[-1]]))
     return (
         "error: {} cannot be imported by the job's Python on the cluster ({}): install {} on every "
         "node (in the image), add it to the job's runtime env with --pip, or choose another Python "
-        "with --python".format(
-            " and ".join(filter(None, [", ".join(absent[:-1]), absent[-1]])),
-            sys.executable,
-            "it" if len(absent) == 1 else "them",
-        )
+        "with --python".format(names, sys.executable, "it" if len(absent) == 1 else "them")
     )
 
 

