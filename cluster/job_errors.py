@@ -56,14 +56,18 @@ class NotADashboardError(ClusterError):
 class ClusterAuthError(ClusterError):
     """The cluster wants a token that this machine has not, or another one."""
 
-    def __init__(self, address: str) -> None:
-        super().__init__(address)
-        self.address = address
+    def __init__(self, address: str, mode: str | None) -> None:
+        super().__init__(address, mode)
+        self.address, self.mode = address, mode
 
     def __str__(self) -> str:
+        found = "no token of this machine was accepted"
+        if self.mode == "disabled":
+            found = "RAY_AUTH_MODE=disabled here, so that no token is sent: unset it"
         return (
-            f"the cluster at {self.address} refuses this machine's authentication token: set "
-            "RAY_AUTH_TOKEN or RAY_AUTH_TOKEN_PATH to the token that the cluster was started with"
+            f"the cluster at {self.address} wants an authentication token ({found}): put that of "
+            "its head node (`ray get-auth-token` there) into ~/.ray/auth_token, or set "
+            "RAY_AUTH_TOKEN or RAY_AUTH_TOKEN_PATH"
         )
 
 

@@ -33,6 +33,7 @@ ANSWER_S = 120.0
 """Longest silence within an answer; head nodes under load take their time."""
 _CONTROL_S = 60.0
 _CONTROL_POLL_S = 0.3
+_AUTH_MODE = "RAY_AUTH_MODE"
 _NOT_FOUND = "status code 404"
 
 T = TypeVar("T")
@@ -150,15 +151,14 @@ class RayJobServer:
             return request()
         except requests.exceptions.RequestException as error:
             raise ConnectionLostError(self._address, _reason(error)) from error
-        except RuntimeError as error:
-            if _is_auth(error):
-                raise ClusterAuthError(self._address) from None
+        except (RuntimeError, ValueError) as error:  # ValueError: Ray checks before it sends
             why = str(error)
             raise RequestRefusedError(
                 doing, why if _NOT_FOUND in why else failure_detail(why)
             ) from error
-        except ValueError as error:  # Ray checks the runtime env before it sends anything
-            raise RequestRefusedError(doing, failure_detail(str(error))) from error
+        except Exception as error:
+            _raise_if_auth(self._address, error)
+            raise
 
 
 def record_of(details: Any) -> JobRecord:
@@ -183,6 +183,9 @@ def _connect(address: str) -> Any:
     try:
         import aiohttp  # noqa: F401
         import requests
+
+        if probe(address):  # Ray's client sends its token only when told to, before it is imported
+            os.environ.setdefault(_AUTH_MODE, "token")
         from ray.job_submission import JobSubmissionClient
     except ImportError as error:
         raise RayMissingError(str(error)) from error
@@ -196,22 +199,20 @@ def _connect(address: str) -> Any:
             arguments.setdefault("timeout", (CONNECT_S, ANSWER_S))
             return super()._do_request(method, endpoint, **arguments)
 
-    probe(address)
     try:
         with _without(ADDRESS_VARIABLES):
             return Client(address)
     except (requests.exceptions.RequestException, ConnectionError) as error:
         raise ClusterUnreachableError(address, _reason(error)) from error
     except RuntimeError as error:
-        if _is_auth(error):
-            raise ClusterAuthError(address) from None
         raise NotADashboardError(address, failure_detail(str(error))) from error
-    except (ValueError, KeyError) as error:
-        raise NotADashboardError(address, f"its version is {error}") from error
+    except Exception as error:
+        _raise_if_auth(address, error)
+        raise
 
 
-def probe(address: str, timeout_s: float = CONNECT_S) -> None:
-    """See in time whether a Ray dashboard is there; a missing token is for the client to find.
+def probe(address: str, timeout_s: float = CONNECT_S) -> bool:
+    """See in time that a Ray dashboard is there; returns whether it wants a token.
 
     Raises:
         ClusterUnreachableError: nothing answers.
@@ -232,7 +233,7 @@ def probe(address: str, timeout_s: float = CONNECT_S) -> None:
     except requests.exceptions.RequestException as error:
         raise ClusterUnreachableError(address, _reason(error)) from error
     if answer.status_code in (401, 403):
-        return
+        return True
     try:
         known = answer.ok and "ray_version" in answer.json()
     except ValueError:
@@ -241,10 +242,13 @@ def probe(address: str, timeout_s: float = CONNECT_S) -> None:
         raise NotADashboardError(
             address, f"status {answer.status_code} for /api/version, and no version of Ray"
         )
+    return False
 
 
-def _is_auth(error: Exception) -> bool:
-    return type(error).__name__ == "AuthenticationError"
+def _raise_if_auth(address: str, error: Exception) -> None:
+    """Ray's error about tokens is known by name: older versions have none."""
+    if type(error).__name__ == "AuthenticationError":
+        raise ClusterAuthError(address, os.environ.get(_AUTH_MODE)) from None
 
 
 def _reason(error: BaseException) -> str:

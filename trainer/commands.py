@@ -20,7 +20,9 @@ def resume_command(
     """
     submitted = os.environ.get(RESUBMIT_VARIABLE)
     if submitted:
-        return shlex.join([*shlex.split(submitted), *overrides])
+        changed = {override.partition("=")[0] for override in overrides}
+        words = [word for word in shlex.split(submitted) if word.partition("=")[0] not in changed]
+        return shlex.join([*words, *overrides])
     words = ["everstep", "train", str(run_dir / "config.yaml"), *overrides]
     words += ["--run-dir", str(run_dir), *launch]
     return shlex.join(words if nproc is None else [*words, "--nproc", str(nproc)])

@@ -15,6 +15,7 @@ import pytest
 
 from everstep.cluster import job_errors, ray_submit
 from everstep.cluster.job_errors import (
+    ClusterAuthError,
     ClusterUnreachableError,
     ConnectionLostError,
     JobIdTakenError,
@@ -77,12 +78,12 @@ def raw_server(answer: bytes | None) -> Iterator[str]:
 @pytest.mark.parametrize("status", [401, 403])
 def test_a_dashboard_that_wants_a_token_is_a_dashboard(status: int) -> None:
     with web_server(status, b"no") as address:
-        probe(address)
+        assert probe(address)
 
 
 def test_a_dashboard() -> None:
     with web_server(200, b'{"ray_version": "2.60.0"}') as address:
-        probe(address)
+        assert not probe(address)
 
 
 @pytest.mark.parametrize(
@@ -119,8 +120,11 @@ def test_nobody_there() -> None:
 
 def test_no_ray_here(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "ray.job_submission", None)
-    with pytest.raises(RayMissingError, match=r"pip install 'everstep\[ray\]'"):
-        RayJobServer("http://127.0.0.1:1")
+    with (
+        web_server(200, b'{"ray_version": "2.60.0"}') as address,
+        pytest.raises(RayMissingError, match=r"pip install 'everstep\[ray\]'"),
+    ):
+        RayJobServer(address)
 
 
 class FakeClient:
@@ -191,6 +195,18 @@ def test_connection_lost(monkeypatch: pytest.MonkeyPatch) -> None:
         server_failing(monkeypatch, error).get("job-a")
 
 
+def test_a_token_is_wanted(monkeypatch: pytest.MonkeyPatch) -> None:
+    class AuthenticationError(Exception):
+        """As Ray has it."""
+
+    monkeypatch.delenv("RAY_AUTH_MODE", raising=False)
+    with pytest.raises(ClusterAuthError, match="no token of this machine was accepted"):
+        server_failing(monkeypatch, AuthenticationError("long story")).get("job-a")
+    monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
+    with pytest.raises(ClusterAuthError, match="RAY_AUTH_MODE=disabled here"):
+        server_failing(monkeypatch, AuthenticationError("long story")).get("job-a")
+
+
 def test_id_taken(monkeypatch: pytest.MonkeyPatch) -> None:
     text = "Request failed with status code 400: Job with submission_id job-a already exists."
     server = server_failing(monkeypatch, RuntimeError(text))
@@ -207,7 +223,7 @@ def test_id_taken(monkeypatch: pytest.MonkeyPatch) -> None:
         job_errors.RayMissingError("why"),
         job_errors.ClusterUnreachableError("a", "b"),
         job_errors.NotADashboardError("a", "b"),
-        job_errors.ClusterAuthError("a"),
+        job_errors.ClusterAuthError("a", None),
         job_errors.ConnectionLostError("a", "b"),
         job_errors.RequestRefusedError("a", "b"),
         job_errors.UnknownJobError("a", ["b"]),
