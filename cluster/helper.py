@@ -27,8 +27,8 @@ _READ_BYTES = 1 << 16
 class Helper:
     """Runs "module:function" in a process of its own until it is closed; a context manager.
 
-    The function gets ``subject``, or else ``listener`` if there is one, and may report. The process
-    is killed when the *thread* that created this object ends.
+    The function gets ``subject``, or else ``listener`` if there is one, and may report. Without
+    ``last_act`` the process is killed when the *thread* that created this object ends.
 
     Args:
         name: what it is, for a person: 'the rendezvous store'.
@@ -37,6 +37,8 @@ class Helper:
         subject: plain data for the function.
         listener: a socket for the function; this process may close it afterwards.
         environment: variables to set in it.
+        last_act: "module:function" that gets ``subject`` when this process is gone, just before the
+            helper ends itself; without it the kernel kills the helper then.
 
     Raises LaunchError.
     """
@@ -50,6 +52,7 @@ class Helper:
         subject: Any = None,
         listener: socket.socket | None = None,
         environment: Mapping[str, str] | None = None,
+        last_act: str | None = None,
     ) -> None:
         self._name = name
         self._log = log
@@ -77,7 +80,7 @@ class Helper:
         except OSError as error:
             self._link.close()
             raise LaunchError(f"{name} cannot be started on this host: {error}") from error
-        order = {"target": target, "rank": None, "subject": subject}
+        order = {"target": target, "rank": None, "subject": subject, "last_act": last_act}
         with contextlib.suppress(OSError):  # it ended: poll says so
             self._link.sendall(json.dumps(order).encode() + b"\n")
 

@@ -4,54 +4,29 @@ Actors and placement groups that are created through it belong to this process: 
 however that comes about, Ray ends them.
 """
 
-import importlib.util
+import atexit
+import contextlib
 import logging
 import signal
 import socket
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 from everstep.cluster.causes import one_line
 from everstep.cluster.driver import Waiting, wait_silently
 from everstep.cluster.errors import LaunchError
 from everstep.cluster.ray_plan import Node
-from everstep.trainer.errors import ConfigError
 
 REACH_S = 15.0
 """Longest time that a cluster may take to answer."""
+SILENT_S = 40.0
+"""A cluster whose head has not answered for so long is given up; Ray would abort after 60 s."""
+_LEAVE_S = 10.0
+_PROBE_EVERY_S = 2.0
 _POLL_S = 0.1
-
-
-def require_ray() -> None:
-    """Raise ConfigError where ray is not installed; does not import it."""
-    if not ray_installed():
-        raise ConfigError(
-            "--launcher ray needs ray, which is not installed: pip install 'everstep[ray]', or use "
-            "--launcher local"
-        )
-
-
-def ray_installed() -> bool:
-    """Whether ray can be imported; does not import it."""
-    return importlib.util.find_spec("ray") is not None
-
-
-def check_address(address: str) -> None:
-    """Raise ConfigError unless an address is one that a command inside the cluster can join."""
-    if "://" in address:
-        raise ConfigError(
-            f"launch.address={address!r} is for programs outside of the cluster: everstep submit "
-            "CONFIG --address http://HEAD:8265 runs a config there, or give 'host:port' or 'auto' "
-            "on a node of the cluster"
-        )
-    host, _, port = address.rpartition(":")
-    if address != "auto" and not (host and port.isdigit() and int(port) < 65536):
-        raise ConfigError(
-            f"launch.address: got {address!r}, expected 'host:port' of the head of a Ray cluster "
-            "(often port 6379), or 'auto' on one of its nodes"
-        )
 
 
 class RayCluster:
@@ -59,6 +34,8 @@ class RayCluster:
 
     def __init__(self, address: str) -> None:
         self.address = address
+        self._probed_s = time.monotonic()
+        self._answered_s = self._probed_s
 
     def nodes(self) -> list[Node]:
         """Nodes that are alive, the head first."""
@@ -94,22 +71,64 @@ class RayCluster:
 
         return str(ray.util.get_node_ip_address())
 
+    def messages_to(self, log: Path) -> None:
+        """What Ray has to say about the cluster from now on goes to the end of a file."""
+
+        def write(message: Mapping[str, Any]) -> None:
+            with contextlib.suppress(OSError), log.open("a", encoding="utf-8") as file:
+                file.writelines(f"({message['pid']}) {line}\n" for line in message["lines"])
+
+        _take_messages(write)
+
     def failure(self) -> str | None:
         """Why the cluster can no longer be used; None = it can."""
-        return None
+        now_s = time.monotonic()
+        if now_s - self._probed_s >= _PROBE_EVERY_S:
+            self._probed_s = now_s
+            if answers(self.address):
+                self._answered_s = now_s
+        if now_s - self._answered_s < SILENT_S:
+            return None
+        return f"the head of the Ray cluster at {self.address} has not answered for {SILENT_S:g} s"
 
     def leave(self) -> None:
         """End what this process has in the cluster; may be called twice."""
         import ray
 
-        if ray.is_initialized():
-            ray.shutdown()
+        if ray.is_initialized() and not within(_LEAVE_S, ray.shutdown):
+            atexit.unregister(ray.shutdown)  # it would wait there again
 
     def __enter__(self) -> "RayCluster":
         return self
 
     def __exit__(self, *error: object) -> None:
         self.leave()
+
+
+def within(limit_s: float, call: Callable[[], object]) -> bool:
+    """Whether a call to Ray returned in time; without its head, Ray waits for a minute and aborts.
+
+    What it raises is of no interest here.
+    """
+
+    def run() -> None:
+        with contextlib.suppress(Exception):
+            call()
+
+    thread = threading.Thread(target=run, name="everstep-ray-call", daemon=True)
+    thread.start()
+    thread.join(limit_s)
+    return not thread.is_alive()
+
+
+def answers(address: str, timeout_s: float = 1.0) -> bool:
+    """Whether somebody listens at 'host:port'."""
+    host, _, port = address.rpartition(":")
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=timeout_s).close()
+    except OSError:
+        return False
+    return True
 
 
 def join(address: str, waiting: Waiting = wait_silently) -> RayCluster:
@@ -123,6 +142,7 @@ def join(address: str, waiting: Waiting = wait_silently) -> RayCluster:
     _reach(where, waiting)
     # Warnings of Ray are for its own log files, except what ends the run: that comes as an error.
     logging.getLogger("ray").setLevel(logging.ERROR)
+    _take_messages(lambda message: None)
     before = signal.getsignal(signal.SIGTERM)
     try:
         ray.init(address=where, log_to_driver=False, logging_level=logging.ERROR)
@@ -187,6 +207,16 @@ def _reach(address: str, waiting: Waiting) -> None:
         )
     if isinstance(answer[0], Exception):
         raise LaunchError(_why_not_joined(address, str(answer[0]))) from answer[0]
+
+
+def _take_messages(write: Callable[[Mapping[str, Any]], None]) -> None:
+    """Ray prints messages about nodes and workers to standard output, whatever it is told."""
+    from ray._private import worker
+
+    def print_to_stdstream(message: Mapping[str, Any], *args: Any, **kwargs: Any) -> None:
+        write(message)
+
+    worker.print_to_stdstream = print_to_stdstream  # type: ignore[assignment]
 
 
 def _why_not_joined(address: str, message: str) -> str:

@@ -10,7 +10,6 @@ import contextlib
 import json
 import os
 import signal
-import socket
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -31,8 +30,8 @@ from everstep.cluster.driver import (
 )
 from everstep.cluster.errors import LaunchError
 from everstep.cluster.helper import Helper
-from everstep.cluster.local_driver import DEFAULT_PRELOAD, DEFAULT_TARGET
-from everstep.cluster.ray_cluster import RayCluster
+from everstep.cluster.local_driver import DEFAULT_PRELOAD, DEFAULT_TARGET, START_LOG_NAME
+from everstep.cluster.ray_cluster import RayCluster, answers, within
 from everstep.cluster.ray_metrics import RunMetrics
 from everstep.cluster.ray_plan import (
     Node,
@@ -44,7 +43,7 @@ from everstep.cluster.ray_plan import (
     too_small,
     waiting_words,
 )
-from everstep.cluster.ray_worker import HostSetup, installed_versions
+from everstep.cluster.ray_worker import HostSetup, installed_versions, start_log_name
 from everstep.cluster.shared_dir import remove_token, wait_for_ranks, write_token
 from everstep.trainer.config import LaunchConfig
 from everstep.trainer.rank_spec import RankSpec
@@ -55,8 +54,10 @@ UNREACHABLE_S = 5.0
 """A rank whose actor does not answer for so long is given up."""
 _TAKE_S = 5.0
 _POLL_S = 0.1
-_PROBE_S = 1.0
+_SHORT_WAIT_S = 2.0
+_KILL_S = 2.0
 _CLOSE_S = 5.0
+RAY_LOG_NAME = "ray.log"
 _STORE_TARGET = "everstep.cluster.rendezvous:serve"
 
 
@@ -124,14 +125,10 @@ class RayDriver:
         self._broken = False
         self._ending = False
 
-    @property
-    def start_log(self) -> Path:
-        """What the store's process writes."""
-        return self._run_dir / "logs" / "start.log"
-
     def place(self, world_size: int, waiting: Waiting = wait_silently) -> Placement:
         """Reserve a place for every rank; waits while others use it. Raises LaunchError."""
         self._cluster = self._open_cluster(waiting)
+        self._cluster.messages_to(self._run_dir / "logs" / RAY_LOG_NAME)
         self._bundle = bundle_of(
             self._launch.cpus_per_rank, self._gpus_per_rank, self._launch.resources_per_rank
         )
@@ -209,8 +206,7 @@ class RayDriver:
     def kill(self) -> None:
         """End all actors; their ranks' processes die with them."""
         self._ending = True
-        for rank in self._ranks.values():
-            _kill(rank.actor)
+        _kill([rank.actor for rank in self._ranks.values()])
 
     def close(self) -> None:
         """End the actors, wait until their ranks are gone, give everything back, and leave."""
@@ -223,12 +219,12 @@ class RayDriver:
         if self._store is not None:
             self._store.close(_CLOSE_S)
             self._store = None
+        self._remove_empty_logs()
         if self._group is not None:
             from ray.util.placement_group import remove_placement_group
 
-            with contextlib.suppress(Exception):  # the cluster is gone already
-                remove_placement_group(self._group)
-            self._group = None
+            group, self._group = self._group, None
+            within(_KILL_S, lambda: remove_placement_group(group))
         if self._cluster is not None:
             self._cluster.leave()
             self._cluster = None
@@ -245,16 +241,17 @@ class RayDriver:
         self._group = placement_group(
             [self._bundle] * world_size, strategy=placement.upper(), name=f"everstep/{self._name}"
         )
-        deadline_s = time.monotonic() + self._launch.place_timeout_s
+        began_s = time.monotonic()
         while (table := placement_group_table(self._group))["state"] != "CREATED":
             words = waiting_words(self._bundle, world_size, self._cluster.free())
-            if time.monotonic() > deadline_s:
+            waited_s = time.monotonic() - began_s
+            if waited_s > self._launch.place_timeout_s:
                 raise LaunchError(
                     f"{words}, and it did not get free within launch.place_timeout_s="
                     f"{self._launch.place_timeout_s:g} seconds: wait for others to end, raise that "
                     "time, or use a smaller mesh"
                 )
-            waiting(words)
+            waiting(words if waited_s > _SHORT_WAIT_S else "looking for a place for all ranks")
             time.sleep(_POLL_S)
         nodes = {node.node_id: node for node in self._cluster.nodes()}
         where = table["bundles_to_node_id"]
@@ -269,10 +266,16 @@ class RayDriver:
         assert self._cluster is not None
         with rendezvous.listen(self._launch.port, self._cluster.own_address()) as listener:
             address, port = listener.getsockname()[:2]
-            self._store = Helper(
-                "the rendezvous store", _STORE_TARGET, self.start_log, listener=listener
-            )
+            log = self._run_dir / "logs" / START_LOG_NAME
+            self._store = Helper("the rendezvous store", _STORE_TARGET, log, listener=listener)
         return f"{address}:{port}"
+
+    def _remove_empty_logs(self) -> None:
+        for rank in range(len(self._rank_nodes)):
+            log = self._run_dir / "logs" / start_log_name(rank)
+            with contextlib.suppress(OSError):
+                if log.stat().st_size == 0:
+                    log.unlink()
 
     def _broken_events(self) -> list[DriverEvent]:
         if self._broken or self._ending:
@@ -309,7 +312,7 @@ class RayDriver:
             else:
                 events.append(RankExit(rank=number, code=message["exit"], time_s=message["time"]))
                 del self._ranks[number]
-                _kill(rank.actor)
+                _kill([rank.actor])
                 return events
         rank.seen += len(messages)
         rank.pending = rank.actor.take.remote(rank.seen, _TAKE_S)
@@ -318,13 +321,16 @@ class RayDriver:
     def _unreachable(self, number: int) -> list[DriverEvent]:
         """Its node may have died, or only the way to it: ask until that is clear."""
         rank = self._ranks[number]
+        if self._ending:
+            del self._ranks[number]
+            return [_lost(number, None)]
         now_s = time.monotonic()
         since_s = rank.silent_since_s = rank.silent_since_s or now_s
-        if _answers(rank.node) and now_s - since_s < UNREACHABLE_S:
+        if _node_answers(rank.node) and now_s - since_s < UNREACHABLE_S:
             rank.pending = rank.actor.take.remote(rank.seen, _TAKE_S)
             return []
         del self._ranks[number]
-        _kill(rank.actor)
+        _kill([rank.actor])
         return [_lost(number, lost_with_node(rank.node))]
 
     def _died(self, number: int, error: Exception) -> DriverEvent:
@@ -341,7 +347,7 @@ class RayDriver:
                 f"({one_line(message.strip().splitlines()[-1])}): install everstep there, and "
                 "what it needs, as here",
             )
-        if says_node_died(message) or not _answers(rank.node):
+        if says_node_died(message) or not _node_answers(rank.node):
             return _lost(number, lost_with_node(rank.node))
         if isinstance(error, ray.exceptions.OutOfMemoryError):
             return _lost(
@@ -391,20 +397,23 @@ def _actor_class() -> Any:
     return ray.remote(**groups)(Rank)
 
 
-def _answers(node: Node) -> bool:
-    """Whether the raylet of a node still listens."""
-    try:
-        socket.create_connection((node.address, node.port), timeout=_PROBE_S).close()
-    except OSError:
-        return False
-    return True
-
-
-def _kill(actor: Any) -> None:
+def _kill(actors: Sequence[Any]) -> None:
+    """End actors that have begun, and those that have not; never waits long."""
     import ray
 
-    with contextlib.suppress(Exception):  # it is gone, or the cluster is
-        ray.kill(actor, no_restart=True)
+    for actor in actors:
+        with contextlib.suppress(Exception):
+            actor.ask.remote("end")
+
+    def kill() -> None:
+        for actor in actors:
+            ray.kill(actor, no_restart=True)
+
+    within(_KILL_S, kill)
+
+
+def _node_answers(node: Node) -> bool:
+    return answers(f"{node.address}:{node.port}")
 
 
 def _lost(rank: int, why: str | None) -> RankExit:

@@ -28,11 +28,17 @@ from everstep.trainer.rank_spec import Reporter, StopRequested
 START_S = 120.0
 """Longest time that starting Ray may take."""
 _TARGET = "everstep.cluster.ray_nodes:serve"
+_LAST_ACT = "everstep.cluster.ray_nodes:end"
 _PREFIX = "everstep-ray-"
 _SHORTEST_TMP = 40
 """Ray puts Unix sockets there, whose names may not be long."""
 _STORE_BYTES = 80 * 2**20
 """Object store of a node: the least that Ray accepts, since nothing large is kept there."""
+_HEAD: dict[str, Any] = {
+    "dashboard_port": 0,
+    "include_log_monitor": False,
+    "no_monitor": True,
+}
 _POLL_S = 0.1
 
 
@@ -91,7 +97,12 @@ class OwnRay:
             "nodes": [asdict(node) for node in self._nodes],
         }
         self._helper = Helper(
-            "the Ray of this run", _TARGET, self._log, subject=subject, environment=self.environment
+            "the Ray of this run",
+            _TARGET,
+            self._log,
+            subject=subject,
+            environment=self.environment,
+            last_act=_LAST_ACT,
         )
         count = len(self._nodes)
         what = f"starting Ray on this host{f' ({count} simulated nodes)' if count > 1 else ''}"
@@ -142,61 +153,57 @@ def serve(subject: dict[str, Any], report: Reporter, should_stop: StopRequested)
         try:
             return _serve(subject, report, should_stop)
         finally:
-            shutil.rmtree(folder, ignore_errors=True)
+            end(subject)
+
+
+def end(subject: dict[str, Any]) -> None:
+    """End all processes of all nodes, and remove what they wrote."""
+    host.adopt_orphans()  # what a node leaves behind when it is killed
+    host.end_descendants()
+    shutil.rmtree(subject["folder"], ignore_errors=True)
 
 
 def _serve(subject: dict[str, Any], report: Reporter, should_stop: StopRequested) -> int:
     from ray.cluster_utils import Cluster
 
     logging.getLogger("ray").setLevel(logging.WARNING)
-    host.adopt_orphans()
-    cluster = Cluster(shutdown_at_exit=False)
+    cluster = Cluster()  # whose processes the kernel ends with this one
     started = []
-    try:
-        for number, plan in enumerate(subject["nodes"]):
-            node = NodePlan(**plan)
-            if node.gpus:
-                os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(node.gpus)
-            head: dict[str, Any] = {
-                "dashboard_port": 0,
-                "include_log_monitor": False,
-                "no_monitor": True,
-            }
-            started.append(
-                cluster.add_node(
-                    num_cpus=node.cpus,
-                    num_gpus=len(node.gpus),
-                    resources=dict(node.resources or {}),
-                    labels=dict(node.labels or {}),
-                    object_store_memory=_STORE_BYTES,
-                    dashboard_agent_listen_port=None,
-                    include_dashboard=subject["dashboard"],
-                    # nodes of one host would unpack a job's folder over each other's feet
-                    runtime_env_dir_name=f"runtime_resources_{number}",
-                    **(head if number == 0 else {}),
-                )
+    for number, plan in enumerate(subject["nodes"]):
+        node = NodePlan(**plan)
+        if node.gpus:
+            os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(node.gpus)
+        started.append(
+            cluster.add_node(
+                num_cpus=node.cpus,
+                num_gpus=len(node.gpus),
+                resources=dict(node.resources or {}),
+                labels=dict(node.labels or {}),
+                object_store_memory=_STORE_BYTES,
+                dashboard_agent_listen_port=None,
+                include_dashboard=subject["dashboard"],
+                # nodes of one host would unpack a job's folder over each other's feet
+                runtime_env_dir_name=f"runtime_resources_{number}",
+                **(_HEAD if number == 0 else {}),
             )
-            if should_stop():
-                return 0
-        url = cluster.webui_url
-        report(
-            {
-                "kind": "serving",
-                "address": cluster.address,
-                "dashboard": f"http://{url}" if subject["dashboard"] else "",
-                "raylets": {node.node_id: _raylet_pid(node) for node in started},
-            }
         )
-        while not should_stop():
-            time.sleep(_POLL_S)
-            dead = started[0].dead_processes()
-            if dead:
-                raise LaunchError(
-                    f"the head of this run's Ray ended ({', '.join(name for name, _ in dead)})"
-                )
-        return 0
-    finally:
-        host.end_descendants()
+        if should_stop():
+            return 0
+    url = cluster.webui_url
+    report(
+        {
+            "kind": "serving",
+            "address": cluster.address,
+            "dashboard": f"http://{url}" if subject["dashboard"] else "",
+            "raylets": {node.node_id: _raylet_pid(node) for node in started},
+        }
+    )
+    while not should_stop():
+        time.sleep(_POLL_S)
+        dead = [name for name, _ in started[0].dead_processes()]
+        if dead:
+            raise LaunchError(f"the head of this run's Ray ended ({', '.join(dead)})")
+    return 0
 
 
 def _raylet_pid(node: Any) -> int:

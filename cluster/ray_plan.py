@@ -135,8 +135,8 @@ def says_node_died(message: str) -> bool:
 def lost_with_node(node: Node) -> str:
     """How a rank ended whose node is gone; follows 'rank N'."""
     return (
-        f"was lost with its node {node.name}, which died or was cut off: the same command goes on "
-        "from the last checkpoint when there are enough nodes"
+        f"went down with node {node.name}, which died or was cut off: the same command goes on "
+        "from the last checkpoint when there are nodes enough"
     )
 
 

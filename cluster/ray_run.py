@@ -2,8 +2,7 @@
 
 import math
 import os
-from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from rich.console import Console
@@ -12,14 +11,12 @@ from everstep.checkpoint.errors import EverstepError
 from everstep.cluster import exit_codes
 from everstep.cluster.controller import run_controlled, say
 from everstep.cluster.driver import ClusterDriver, PlacingAbandoned, Waiting
-from everstep.cluster.local_driver import DEFAULT_PRELOAD, DEFAULT_TARGET
 from everstep.cluster.ray_cluster import RayCluster, join
-from everstep.cluster.ray_driver import RayDriver
+from everstep.cluster.ray_driver import RAY_LOG_NAME, RayDriver
 from everstep.cluster.ray_nodes import NodePlan, OwnRay
 from everstep.cluster.run_dir import RunDir
 from everstep.cluster.stop_signals import StopSignals
 from everstep.trainer.config import LaunchConfig, RunConfig
-from everstep.trainer.mesh_shape import check_config, local_device, resolve_mesh, world_size_of
 
 
 class OwnCluster(RayCluster):
@@ -39,87 +36,64 @@ class OwnCluster(RayCluster):
         self._ray.close()
 
 
-def run_ray(
+def run_on_own_ray(
     config: RunConfig,
     run_dir: Path,
     resume: str,
-    nproc: int | None,
+    world_size: int,
     console: Console,
     *,
-    address: str | None,
-    host_gpus: Sequence[str] = (),
-    error_console: Console | None = None,
-    target: str = DEFAULT_TARGET,
-    preload: Sequence[str] = DEFAULT_PRELOAD,
-    store: bool = True,
+    gpus: Sequence[str] = (),
     launch: Sequence[str] = (),
 ) -> int:
-    """Run all ranks as actors of Ray, and return the exit code (``exit_codes.py``).
+    """Start Ray on this host, run all ranks there, end it; returns the exit code.
 
-    Args:
-        nproc: number of ranks; None = what the mesh asks for, or what fills the GPUs.
-        address: cluster to join; None = start Ray on this host, and end it again.
-        host_gpus: names of this host's GPUs as in CUDA_VISIBLE_DEVICES; for a Ray of our own.
+    ``gpus`` are the GPUs to train on, as CUDA_VISIBLE_DEVICES names them; none = on the CPU.
     """
-    errors = error_console or Console(stderr=True)
-    with ExitStack() as stack:
-        try:
-            joined = None
-            if address is not None:
-                joined = stack.enter_context(_join(address, console))
-            gpus = len(host_gpus) if joined is None else joined.gpus()
-            where = "this host" if joined is None else "the Ray cluster"
-            world_size = world_size_of(config.mesh, nproc, gpus)
-            check_config(config, resolve_mesh(config.mesh, world_size))
-            device = local_device(config.parallel.device, gpus, world_size, where)
-        except EverstepError as error:
-            say(errors, f"error: {error}")
-            return exit_codes.of_error(type(error).__name__)
-        except PlacingAbandoned:
-            return exit_codes.INTERRUPTED
-        if gpus and config.parallel.device == "auto" and device == "cpu":
-            say(
-                console,
-                f"training on the CPU: each of the {world_size} ranks needs a GPU of its own, and "
-                f"{where} has {gpus}",
-            )
+    nodes = own_nodes(world_size, config.launch, gpus)
 
-        def open_driver(prepared: RunDir) -> ClusterDriver:
-            def open_cluster(waiting: Waiting) -> RayCluster:
-                if joined is not None:
-                    return joined
-                visible = host_gpus if device == "cuda" else ()
-                nodes = own_nodes(world_size, config.launch, visible)
-                return _start_own(nodes, prepared.logs / "ray.log", waiting)
+    def open_driver(prepared: RunDir) -> ClusterDriver:
+        def open_cluster(waiting: Waiting) -> RayCluster:
+            return _start_own(nodes, prepared.logs / RAY_LOG_NAME, waiting)
 
-            return RayDriver(
-                open_cluster,
-                prepared.path,
-                name=config.name,
-                launch=config.launch,
-                gpus_per_rank=int(device == "cuda"),
-                threads=config.parallel.threads,
-                target=target,
-                preload=preload,
-                store=store,
-            )
+        return _driver(open_cluster, prepared, config, on_gpus=bool(gpus))
 
+    return run_controlled(config, run_dir, resume, world_size, console, open_driver, launch=launch)
+
+
+def run_in_cluster(
+    config: RunConfig,
+    run_dir: Path,
+    resume: str,
+    address: str,
+    console: Console,
+    *,
+    plan: Callable[[int], tuple[int, str]],
+    launch: Sequence[str] = (),
+) -> int:
+    """Join the cluster at ``address``, run all ranks there, leave it; returns the exit code.
+
+    ``plan`` is told how many GPUs the cluster has; it returns the number of ranks and their device
+    ('cpu' or 'cuda'), or raises ConfigError.
+    """
+    try:
+        cluster = _join(address, console)
+    except PlacingAbandoned:
+        return exit_codes.INTERRUPTED
+    except EverstepError as error:
+        say(Console(stderr=True), f"error: {error}")
+        return exit_codes.of_error(type(error).__name__)
+    with cluster:
+        world_size, device = plan(cluster.gpus())
         return run_controlled(
             config,
             run_dir,
             resume,
             world_size,
             console,
-            open_driver,
-            error_console=errors,
+            lambda prepared: _driver(lambda _: cluster, prepared, config, on_gpus=device == "cuda"),
             launch=launch,
         )
-
-
-def ray_address(launch: LaunchConfig, environment: Mapping[str, str]) -> str | None:
-    """The cluster to join, from the config or else RAY_ADDRESS; None = a Ray of the run's own."""
-    address = launch.address or environment.get("RAY_ADDRESS") or "local"
-    return None if address == "local" else address
 
 
 def own_nodes(world_size: int, launch: LaunchConfig, gpus: Sequence[str]) -> list[NodePlan]:
@@ -127,18 +101,33 @@ def own_nodes(world_size: int, launch: LaunchConfig, gpus: Sequence[str]) -> lis
     count = min(launch.simulated_nodes, world_size)
     nodes: list[NodePlan] = []
     for index in range(count):
-        ranks = world_size * (index + 1) // count - world_size * index // count
-        first = sum(len(node.gpus) for node in nodes)
+        first, end = world_size * index // count, world_size * (index + 1) // count
+        amounts = launch.resources_per_rank.items()
         nodes.append(
             NodePlan(
-                cpus=max(1, math.ceil(ranks * launch.cpus_per_rank)),
-                gpus=tuple(gpus[first : first + ranks]),
-                resources={
-                    name: amount * ranks for name, amount in launch.resources_per_rank.items()
-                },
+                cpus=max(1, math.ceil((end - first) * launch.cpus_per_rank)),
+                gpus=tuple(gpus[first:end]),
+                resources={name: amount * (end - first) for name, amount in amounts},
             )
         )
     return nodes
+
+
+def _driver(
+    open_cluster: Callable[[Waiting], RayCluster],
+    prepared: RunDir,
+    config: RunConfig,
+    *,
+    on_gpus: bool,
+) -> ClusterDriver:
+    return RayDriver(
+        open_cluster,
+        prepared.path,
+        name=config.name,
+        launch=config.launch,
+        gpus_per_rank=int(on_gpus),
+        threads=config.parallel.threads,
+    )
 
 
 def _join(address: str, console: Console) -> RayCluster:

@@ -23,7 +23,7 @@ from everstep.checkpoint.errors import EverstepError
 from everstep.cluster import exit_codes, host
 from everstep.cluster.driver import Broken, DriverEvent, RankExit, Reported
 from everstep.cluster.errors import LaunchError
-from everstep.cluster.local_driver import LocalDriver, rank_log
+from everstep.cluster.local_driver import START_LOG_NAME, LocalDriver, rank_log
 from everstep.cluster.log_text import framed_trace
 from everstep.cluster.ray_plan import version_difference
 from everstep.cluster.shared_dir import check_token, hold_for_rank
@@ -74,6 +74,7 @@ class RankHost:
         self._messages: list[str] = []
         self._taken = 0
         self._heard_s = time.monotonic()
+        self._parent_pid = os.getppid()
 
     def run(self) -> None:
         """Run the rank to its end; the last message tells how it ended."""
@@ -111,7 +112,9 @@ class RankHost:
             return batch
 
     def ask(self, what: str) -> None:
-        """'stop' after the step, or 'dump' the stacks into the log."""
+        """'stop' after the step, 'dump' the stacks into the log, or 'end' at once."""
+        if what == "end":
+            os._exit(exit_codes.FAILED)  # the rank's processes end with this one
         self._asked.put(what)
 
     @property
@@ -141,7 +144,7 @@ class RankHost:
             interface=host.loopback_interface()
             if setup.one_host
             else host.interface_of(setup.address),
-            start_log=f"start-{spec.rank:05d}.log",
+            start_log=start_log_name(spec.rank),
         )
         try:
             driver.place(spec.local_world_size)
@@ -160,8 +163,8 @@ class RankHost:
                 if isinstance(event, RankExit):
                     return event
                 self._put(event)
-            if self._silent_s() > self._setup.silence_s:
-                driver.close()
+            if os.getppid() != self._parent_pid or self._silent_s() > self._setup.silence_s:
+                driver.close()  # its node died, or its controller is gone
                 os._exit(exit_codes.FAILED)
 
     def _do_what_was_asked(self, driver: LocalDriver) -> None:
@@ -202,3 +205,8 @@ def installed_versions() -> dict[str, str]:
 
     versions["everstep"] = __version__
     return versions
+
+
+def start_log_name(rank: int) -> str:
+    """Log of what a rank's processes write before it begins; that of rank 0 is shown."""
+    return START_LOG_NAME if rank == 0 else f"start-{rank:05d}.log"

@@ -75,9 +75,8 @@ def choose_launcher(
 
 
 def _wants_ray(config: "RunConfig", nproc: int | None, environment: Mapping[str, str]) -> bool:
-    """Whether Ray is installed, and of use: to reach a cluster, or for several ranks."""
-    from everstep.cluster.ray_cluster import ray_installed
-    from everstep.cluster.ray_run import ray_address
+    """Whether Ray is of use, and installed: to reach a cluster, or for several ranks."""
+    from everstep.cluster.ray_address import ray_address, ray_installed
     from everstep.machine import count_gpus
     from everstep.trainer.mesh_shape import world_size_of
 
@@ -124,18 +123,8 @@ def _train_local(
     again: Sequence[str],
 ) -> int:
     from everstep.machine import count_gpus
-    from everstep.trainer.mesh_shape import check_config, local_device, resolve_mesh, world_size_of
 
-    gpus = count_gpus(environment)
-    world_size = world_size_of(config.mesh, nproc, gpus)
-    check_config(config, resolve_mesh(config.mesh, world_size))
-    device = local_device(config.parallel.device, gpus, world_size)
-    if gpus and config.parallel.device == "auto" and device == "cpu":
-        console.print(
-            f"training on the CPU: each of the {world_size} ranks needs a GPU of its own, and this "
-            f"host has {gpus}",
-            soft_wrap=True,
-        )
+    world_size, _ = _plan_ranks(config, nproc, count_gpus(environment), "this host", console)
 
     from everstep.cluster.controller import run_local
 
@@ -151,37 +140,48 @@ def _train_ray(
     console: "Console",
     again: Sequence[str],
 ) -> int:
-    from everstep.cluster.ray_cluster import check_address, require_ray
-    from everstep.cluster.ray_run import ray_address, run_ray
-    from everstep.machine import count_gpus
-    from everstep.trainer.mesh_shape import check_config, resolve_mesh, world_size_of
+    from everstep.cluster.ray_address import ray_address, require_ray
+    from everstep.machine import visible_gpus
 
     require_ray()
     address = ray_address(config.launch, environment)
-    if address is not None:
-        check_address(address)
-    gpus = visible_gpus(count_gpus(environment), environment)
-    if address is None or nproc is not None or config.mesh.dp_shard != "auto":
-        # What is wrong shows before Ray is started, unless the cluster decides on the ranks.
-        world_size = world_size_of(config.mesh, nproc, len(gpus))
-        check_config(config, resolve_mesh(config.mesh, world_size))
-    return run_ray(
+    if address is None:
+        gpus = visible_gpus(environment)
+        world_size, device = _plan_ranks(config, nproc, len(gpus), "this host", console)
+        used = gpus[:world_size] if device == "cuda" else []
+
+        from everstep.cluster.ray_run import run_on_own_ray
+
+        return run_on_own_ray(config, run_dir, resume, world_size, console, gpus=used, launch=again)
+    from everstep.cluster.ray_run import run_in_cluster
+
+    return run_in_cluster(
         config,
         run_dir,
         resume,
-        nproc,
+        address,
         console,
-        address=address,
-        host_gpus=gpus,
+        plan=lambda gpus: _plan_ranks(config, nproc, gpus, "the Ray cluster", console),
         launch=again,
     )
 
 
-def visible_gpus(count: int, environment: Mapping[str, str]) -> list[str]:
-    """Names of this host's ``count`` usable GPUs, as CUDA_VISIBLE_DEVICES has them."""
-    named = [name.strip() for name in environment.get("CUDA_VISIBLE_DEVICES", "").split(",")]
-    named = [name for name in named if name]
-    return named[:count] if named else [str(index) for index in range(count)]
+def _plan_ranks(
+    config: "RunConfig", nproc: int | None, gpus: int, where: str, console: "Console"
+) -> tuple[int, str]:
+    """Number of ranks and their device, where there are ``gpus``. Raises ConfigError."""
+    from everstep.trainer.mesh_shape import check_config, local_device, resolve_mesh, world_size_of
+
+    world_size = world_size_of(config.mesh, nproc, gpus)
+    check_config(config, resolve_mesh(config.mesh, world_size))
+    device = local_device(config.parallel.device, gpus, world_size, where)
+    if gpus and config.parallel.device == "auto" and device == "cpu":
+        console.print(
+            f"training on the CPU: each of the {world_size} ranks needs a GPU of its own, and "
+            f"{where} has {gpus}",
+            soft_wrap=True,
+        )
+    return world_size, device
 
 
 def _train_external(
