@@ -31,6 +31,7 @@ from everstep.cluster.lifecycle import (
     RankFailed,
     RankStarted,
     State,
+    StopAsked,
     Tick,
     transition,
 )
@@ -182,9 +183,10 @@ class Controller:
         if self._job.state is State.RUNNING and before is State.STARTING:
             self._view.status("preparing the first step")
         elif self._job.state is State.STOPPING and before is not State.STOPPING:
-            self._view.line(
-                f"{decided.reason}, in at most {self._job.grace_s:g} s; Ctrl-C again stops at once"
-            )
+            line = f"{decided.reason}, in at most {self._job.grace_s:g} s"
+            if isinstance(event, StopAsked) and event.insistent:
+                line += f"; {event.by} again stops at once"
+            self._view.line(line)
 
     def _show_logs(self, *, rest: bool = False) -> None:
         now_s = self._clock()

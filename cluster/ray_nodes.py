@@ -182,6 +182,8 @@ def _serve(subject: dict[str, Any], report: Reporter, should_stop: StopRequested
                 object_store_memory=_STORE_BYTES,
                 dashboard_agent_listen_port=None,
                 include_dashboard=subject["dashboard"],
+                # nodes of one host would unpack a job's folder over each other's feet
+                runtime_env_dir_name=f"runtime_resources_{number}",
                 **(_HEAD if number == 0 else {}),
             )
         )

@@ -9,6 +9,8 @@ import typer
 
 from everstep.checkpoint.errors import EverstepError
 from everstep.cli_data import data_app
+from everstep.cli_jobs import register as register_job_commands
+from everstep.cli_options import ConfigArgument, Nproc, Overrides
 from everstep.launch import Launcher
 from everstep.trainer.errors import ConfigError
 
@@ -31,18 +33,7 @@ Start here:
 config_app = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="Look at configs.")
 app.add_typer(config_app, name="config")
 app.add_typer(data_app, name="data")
-
-ConfigArgument = Annotated[
-    str, typer.Argument(metavar="CONFIG", help="A YAML file, or the name of a packaged config.")
-]
-Overrides = Annotated[
-    list[str] | None,
-    typer.Argument(metavar="KEY=VALUE", help="Settings to change, such as train.steps=100."),
-]
-Nproc = Annotated[
-    int | None,
-    typer.Option(min=1, metavar="N", help="Number of ranks; default: what the mesh asks for."),
-]
+register_job_commands(app)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
