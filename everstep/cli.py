@@ -28,12 +28,12 @@ Start here:
   everstep config list                   the configs that come with everstep
   everstep config show demo > my.yaml    a config of your own, with every setting in it
   everstep train my.yaml optim.lr=3e-4   train it, with one setting changed
+  everstep submit my.yaml --address http://HEAD:8265 --run-dir /shared/run    on a Ray cluster
 """,
 )
 config_app = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="Look at configs.")
 app.add_typer(config_app, name="config")
 app.add_typer(data_app, name="data")
-register_job_commands(app)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -133,6 +133,9 @@ def train(
         address=address,
     )
     raise typer.Exit(code)
+
+
+register_job_commands(app)
 
 
 @config_app.command("show")
