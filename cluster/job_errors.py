@@ -110,6 +110,20 @@ class UnknownJobError(ClusterError):
         )
 
 
+class ForeignJobError(ClusterError):
+    """A job of somebody else's making: it would not know how to stop."""
+
+    def __init__(self, job_id: str) -> None:
+        super().__init__(job_id)
+        self.job_id = job_id
+
+    def __str__(self) -> str:
+        return (
+            f"{self.job_id} was not submitted by everstep, and would not save when it is stopped: "
+            f"`ray job stop {self.job_id}` ends it"
+        )
+
+
 class JobIdTakenError(LaunchError):
     """A job of this id exists."""
 
