@@ -33,8 +33,8 @@ class ClusterUnreachableError(ClusterError):
     def __str__(self) -> str:
         return (
             f"no cluster answers at {self.address} ({self.why}): --address is the dashboard of its "
-            "head node, such as http://HEAD:8265, which has to be reachable from here (docs: "
-            "clusters.md, ports)"
+            "head node, such as http://HEAD:8265, which has to be reachable from here (see "
+            "docs/clusters.md)"
         )
 
 
