@@ -359,8 +359,7 @@ class RayDriver:
 
     def _ask(self, what: str) -> None:
         for rank in self._ranks.values():
-            with contextlib.suppress(Exception):
-                rank.actor.ask.remote(what)
+            rank.actor.ask.remote(what)
 
 
 def _actor_class() -> Any:
@@ -398,18 +397,19 @@ def _actor_class() -> Any:
 
 
 def _kill(actors: Sequence[Any]) -> None:
-    """End actors that have begun, and those that have not; never waits long."""
+    """End actors, also those that have not begun; never waits long."""
     import ray
-
-    for actor in actors:
-        with contextlib.suppress(Exception):
-            actor.ask.remote("end")
 
     def kill() -> None:
         for actor in actors:
-            ray.kill(actor, no_restart=True)
+            with contextlib.suppress(ray.exceptions.RayError):
+                ray.kill(actor, no_restart=True)
 
-    within(_KILL_S, kill)
+    if within(_KILL_S, kill):
+        return
+    for actor in actors:  # without the cluster's head, actors can still be reached themselves
+        with contextlib.suppress(ray.exceptions.RayError):
+            actor.ask.remote("end")
 
 
 def _node_answers(node: Node) -> bool:
