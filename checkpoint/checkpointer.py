@@ -6,7 +6,7 @@ import os
 import platform
 import time
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -24,11 +24,12 @@ from everstep.checkpoint.errors import (
     StateMismatchError,
     StepExistsError,
 )
-from everstep.checkpoint.layout import Fragment
+from everstep.checkpoint.layout import Fragment, TensorSpec
 from everstep.checkpoint.lineage import StepId
 from everstep.checkpoint.lock import DirectoryLock
 from everstep.checkpoint.manifest import Manifest, Part
-from everstep.checkpoint.reshard import layout_differences
+from everstep.checkpoint.optimizer_parts import digest_values
+from everstep.checkpoint.reshard import held_nowhere, layout_differences, mark_held
 from everstep.checkpoint.save_plan import SavePlan
 from everstep.checkpoint.torch_io import fill_tensors, write_tensors
 from everstep.checkpoint.torch_layout import LiveTensor, live_tensor
@@ -38,6 +39,7 @@ from everstep.checkpoint.torch_state import (
     load_objects,
     materialise_optimizer,
     objects_of,
+    optimizer_of,
     tensors_of,
 )
 
@@ -133,15 +135,18 @@ class Checkpointer:
         live: dict[Fragment, LiveTensor] = {}
         context: dict[str, Any] = {}
 
-        def capture() -> str:
+        def capture() -> list[str]:
             live.update(self._capture(state))
             context.update(self._context(state))
-            return self._plan.digest(list(live))
+            return [self._plan.digest(list(live)), digest_values(context.get("optimizer"))]
 
         captured = agree(self._collective, "captured", capture)
         if captured.causes:
             raise SaveFailedError(step, captured.causes) from captured.error
-        self._plan.update(captured.results)
+        layouts, optimizers = zip(*captured.results, strict=True)
+        self._plan.update(layouts)
+        if optimizers.index(optimizers[self._collective.rank]) != self._collective.rank:
+            context.pop("optimizer", None)  # an earlier rank tells the same
         step_id = StepId(self._begin_generation(step), step)
         done = agree(
             self._collective, "written", lambda: self._write(step_id, live, context, on_bytes)
@@ -184,7 +189,18 @@ class Checkpointer:
         if found is None:
             return 0
         step_id = StepId(*found)
-        done = agree(self._collective, "loaded", lambda: self._read(step_id, state))
+        stored: list[Manifest] = []
+
+        def prepare() -> str:
+            stored.append(self._directory.manifest(step_id))
+            return self._prepare(stored[0], state)
+
+        done = agree(self._collective, "prepared", prepare)
+        if not done.causes:
+            marks = done.results
+            done = agree(
+                self._collective, "loaded", lambda: self._read(step_id, stored[0], state, marks)
+            )
         if done.causes:
             others = [s for s in steps if s != step_id.step]
             raise LoadFailedError(step_id.step, done.causes, others) from done.error
@@ -284,14 +300,16 @@ class Checkpointer:
         }
 
     def _context(self, state: State) -> dict[str, Any]:
+        optimizer = optimizer_of(state)
         if self._collective.rank != 0:
-            return {}
+            return optimizer
         producer = {
             "everstep": _version(),
             "torch": torch.__version__,
             "python": platform.python_version(),
         }
-        return {"mesh": self._mesh, "producer": producer, "objects": objects_of(state)}
+        objects = objects_of(state)
+        return {"mesh": self._mesh, "producer": producer, "objects": objects, **optimizer}
 
     def _write(
         self,
@@ -338,22 +356,30 @@ class Checkpointer:
             with contextlib.suppress(OSError):
                 self._directory.delete(step_id)
 
-    def _read(self, step_id: StepId, state: State) -> tuple[int, bool]:
-        path = self._directory.step_path(step_id)
-        manifest = self._directory.manifest(step_id)
-        specs = {name: t.spec for name, t in manifest.tensors.items()}
+    def _prepare(self, manifest: Manifest, state: State) -> str:
+        """Makes the optimizer's tensors; says which of the stored ones this rank holds."""
+        specs = _specs(manifest)
         materialise_optimizer(state, specs)
+        return mark_held(tensors_of(state), specs)
+
+    def _read(
+        self, step_id: StepId, manifest: Manifest, state: State, marks: Sequence[str]
+    ) -> tuple[int, bool]:
+        path = self._directory.step_path(step_id)
+        specs = _specs(manifest)
         wanted = tensors_of(state)
+        needed = held_nowhere(specs, marks) | wanted.keys()  # the others are another rank's
         differences = layout_differences(
             {n: (t.fragment.spec.dtype, t.fragment.spec.shape) for n, t in wanted.items()},
-            {n: (s.dtype, s.shape) for n, s in specs.items() if not n.startswith(RNG_PREFIX)},
+            {n: (s.dtype, s.shape) for n, s in specs.items() if n in needed},
         )
         if differences:
             raise StateMismatchError(str(path), differences)
         load_objects(state, manifest.objects, str(path))
         rng = self._live_rng()
+        all_specs = {t.spec for t in manifest.tensors.values()}
         rng_restored = dict(manifest.mesh) == self._mesh and all(
-            t.fragment.spec == specs.get(t.fragment.spec.name) for t in rng.values()
+            t.fragment.spec in all_specs for t in rng.values()
         )
         tensors = [*wanted.values(), *(rng.values() if rng_restored else ())]
         fill_tensors(tensors, manifest, path, threads=self._threads)
@@ -373,6 +399,11 @@ class Checkpointer:
         trace: TracebackType | None,
     ) -> None:
         self.close()
+
+
+def _specs(manifest: Manifest) -> dict[str, TensorSpec]:
+    """The tensors of model and optimizer."""
+    return {n: t.spec for n, t in manifest.tensors.items() if not n.startswith(RNG_PREFIX)}
 
 
 def _version() -> str:

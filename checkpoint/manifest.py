@@ -21,6 +21,7 @@ from everstep.checkpoint.grid_codec import (
     encode_runs,
 )
 from everstep.checkpoint.layout import ITEM_BYTES, Box, Fragment, Grid, TensorSpec, grid_of
+from everstep.checkpoint.optimizer_parts import merge_values
 from everstep.checkpoint.pack import BLOCK_BYTES, DATA_ALIGN_BYTES, PackIndex, PackRecord
 from everstep.checkpoint.records import decode_record, encode_record
 
@@ -43,7 +44,8 @@ class Part:
     pack: PackRecord
     fragments: tuple[Fragment, ...]
     context: Mapping[str, Any]
-    """From rank 0 only, else empty: 'mesh', 'producer' and 'objects' (JSON-able state)."""
+    """From rank 0: 'mesh', 'producer' and 'objects' (JSON-able state); from it and every other rank
+    that is the first to hold its parameters: 'optimizer', the part of that object that it has."""
 
 
 @dataclass(frozen=True)
@@ -89,7 +91,7 @@ def build_manifest(parts: Sequence[Part]) -> Manifest:
     """Combine the parts of all writers.
 
     Raises:
-        LayoutError: the fragments do not cover each tensor exactly once.
+        LayoutError: the fragments do not cover each tensor exactly once, or ranks disagree.
         ValueError: a part is missing, or parts belong to different steps.
     """
     ordered = sorted(parts, key=lambda p: p.rank)
@@ -112,12 +114,14 @@ def build_manifest(parts: Sequence[Part]) -> Manifest:
     if sum(t.grid.n_cells for t in tensors.values()) > MAX_CELLS:
         raise LayoutError(f"the state is cut into more than {MAX_CELLS} fragments")
     context = ordered[0].context
+    optimizers = [p.context["optimizer"] for p in ordered if "optimizer" in p.context]
+    optimizer = {"optimizer": merge_values(optimizers)} if optimizers else {}
     return Manifest(
         generation=ordered[0].generation,
         step=ordered[0].step,
         mesh=context["mesh"],
         producer=context["producer"],
-        objects=context["objects"],
+        objects={**optimizer, **context["objects"]},
         packs=tuple(p.pack for p in ordered),
         tensors=tensors,
     )

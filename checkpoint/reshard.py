@@ -1,7 +1,7 @@
 """Who writes what, and which bytes fill a wanted box (pure)."""
 
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from everstep.checkpoint.errors import LayoutError
@@ -92,3 +92,16 @@ def layout_differences(
                 f"and {wanted[name][0]} {list(wanted[name][1])} in this run"
             )
     return found
+
+
+def mark_held(held: Collection[str], stored: Collection[str]) -> str:
+    """Which of the ``stored`` names a rank holds: a bit set in hex, small enough to exchange."""
+    return f"{sum(1 << index for index, name in enumerate(sorted(stored)) if name in held):x}"
+
+
+def held_nowhere(stored: Collection[str], marks: Iterable[str]) -> set[str]:
+    """The ``stored`` names that no rank holds, given every rank's ``mark_held`` of the same."""
+    held = 0
+    for mark in marks:
+        held |= int(mark, 16)
+    return {name for index, name in enumerate(sorted(stored)) if not held >> index & 1}

@@ -88,19 +88,18 @@ def materialise(
 def load_values(
     optimizer: torch.optim.Optimizer, names: Names, stored: Mapping[str, Any], where: str
 ) -> None:
-    """Inverse of ``optimizer_values``.
+    """Inverse of ``optimizer_values``; what was saved of parameters of other ranks is left out.
 
     Raises:
         StateMismatchError: the checkpoint has other parameter groups.
     """
     own = _own_names(optimizer, names)
-    mine = [[own[p] for p in group["params"]] for group in optimizer.param_groups]
-    theirs = [group["params"] for group in stored["groups"]]
+    mine = [{own[p] for p in group["params"]} for group in optimizer.param_groups]
+    theirs = [set(group["params"]).intersection(own.values()) for group in stored["groups"]]
     if mine != theirs:
         differences = [f"the optimizer has {len(mine)} parameter groups, {len(theirs)} were saved"]
         for number, (here, there) in enumerate(zip(mine, theirs, strict=False)):
-            if here != there:
-                odd = sorted(set(here) ^ set(there)) or ["only the order"]
+            if odd := sorted(here ^ there):
                 differences.append(f"group {number} differs in {', '.join(odd[:3])}")
         raise StateMismatchError(where, differences)
     for group, saved in zip(optimizer.param_groups, stored["groups"], strict=True):

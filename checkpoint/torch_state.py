@@ -120,15 +120,25 @@ def tensors_of(state: State) -> dict[str, LiveTensor]:
 
 
 def objects_of(state: State) -> dict[str, Json]:
-    """Everything else as JSON; the same on every rank.
+    """The named objects as JSON; the same on every rank.
 
     Raises:
         StateError: something is not plain.
     """
     found = {f"object.{name}": value.state_dict() for name, value in state.objects.items()}
-    if state.optimizer is not None:
-        found["optimizer"] = optimizer_values(state.optimizer, _names(named_tensors(state.model)))
     return {name: to_json(value, name) for name, value in found.items()}
+
+
+def optimizer_of(state: State) -> dict[str, Json]:
+    """The optimizer's groups and plain values as JSON, of the parameters that this rank holds.
+
+    Raises:
+        StateError: something is not plain.
+    """
+    if state.optimizer is None:
+        return {}
+    values = optimizer_values(state.optimizer, _names(named_tensors(state.model)))
+    return {"optimizer": to_json(values, "optimizer")}
 
 
 def materialise_optimizer(state: State, stored: Mapping[str, TensorSpec]) -> None:
@@ -138,11 +148,11 @@ def materialise_optimizer(state: State, stored: Mapping[str, TensorSpec]) -> Non
 
 
 def load_objects(state: State, stored: Mapping[str, Json], where: str) -> None:
-    """Inverse of ``objects_of``.
+    """Inverse of ``objects_of`` and ``optimizer_of``.
 
     Raises:
         StateMismatchError: the checkpoint has other objects or other optimizer groups.
-        ManifestError: an object in it is not what ``objects_of`` makes.
+        ManifestError: an object in it is not what these make.
     """
     wanted = {f"object.{name}" for name in state.objects}
     wanted |= {"optimizer"} if state.optimizer is not None else set()

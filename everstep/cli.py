@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from everstep.checkpoint.errors import EverstepError
+from everstep.cli_data import data_app
 from everstep.launch import Launcher
 from everstep.trainer.errors import ConfigError
 
@@ -29,6 +30,7 @@ Start here:
 )
 config_app = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="Look at configs.")
 app.add_typer(config_app, name="config")
+app.add_typer(data_app, name="data")
 
 ConfigArgument = Annotated[
     str, typer.Argument(metavar="CONFIG", help="A YAML file, or the name of a packaged config.")

@@ -81,10 +81,10 @@ def _tokenizer(config: RunConfig) -> tuple[Finding, int | None]:
     name = config.data.tokenizer
     if name == "bytes":
         return Finding("tokenizer", Status.OK, "bytes"), BYTES_VOCAB
-    from everstep.trainer.data.tokenizer import open_tokenizer
+    from everstep.trainer.data import vocab_size_of
 
     try:
-        vocab_size = open_tokenizer(name).vocab_size
+        vocab_size = vocab_size_of(config.data)
     except DataError as error:
         return Finding("tokenizer", Status.FAIL, name, str(error)), None
     return Finding("tokenizer", Status.OK, f"{name}: {vocab_size} ids"), vocab_size
@@ -100,7 +100,7 @@ def _sinks(config: RunConfig, facts: Facts) -> list[Finding]:
 def _training_memory(parameters: int, shape: MeshShape, device: str, facts: Facts) -> Finding:
     per_replica = parameters * TRAINED_BYTES_PER_PARAMETER
     if device == "cuda":
-        per_rank = per_replica // (shape.dp_shard * shape.tp)
+        per_rank = per_replica // (shape.pp * shape.dp_shard * shape.tp)
         memories = [gpu.memory_bytes for gpu in facts.gpus if gpu.memory_bytes]
         found = f"{size_words(per_rank)} of state per GPU, and activations"
         have, need = min(memories, default=None), per_rank

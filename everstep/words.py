@@ -1,4 +1,6 @@
-"""Numbers as people read them."""
+"""Numbers as people read and write them."""
+
+import re
 
 
 def size_words(size_bytes: int) -> str:
@@ -20,3 +22,12 @@ def count_words(count: int) -> str:
 def plural(count: int, noun: str) -> str:
     """'1 rank', '4 ranks'."""
     return f"{count} {noun}{'' if count == 1 else 's'}"
+
+
+def parse_count(text: str) -> int | None:
+    """'100M' -> 100000000; 'k', 'M', 'B' and 'T' are thousands; None for what is no count."""
+    match = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?) ?([kMBT]?)", text.strip())
+    if match is None:
+        return None
+    factor = {"": 1, "k": 10**3, "M": 10**6, "B": 10**9, "T": 10**12}[match[2]]
+    return round(float(match[1]) * factor)

@@ -4,14 +4,26 @@ Frozen pydantic models; every field has its unit and meaning in its description.
 overrides and error messages live in ``config_load.py``.
 """
 
+import difflib
 import re
 from typing import Annotated, Any, Final, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    ValidatorFunctionWrapHandler,
+    WrapValidator,
+    model_validator,
+)
 
 AUTO: Final = "auto"
 Auto = Literal["auto"]
 Precision = Literal["fp32", "bf16"]
+DataFormat = Literal["auto", "text", "jsonl", "parquet", "hf", "tokens"]
+PipelineSchedule = Literal["1f1b", "interleaved", "zero_bubble"]
 
 
 def parse_size(value: Any) -> Any:
@@ -100,19 +112,75 @@ class ModelConfig(Section):
         return self
 
 
+class SourceConfig(Section):
+    """One source of a mixture, or one that needs more said about it than its path."""
+
+    path: str | list[str]
+    """Files, folders, globs, or URLs of these (s3://, https://, ...); or 'stdlib'."""
+    weight: float = Field(default=1.0, gt=0)
+    """Share of the samples that come from this source, relative to the other weights."""
+    format: DataFormat = AUTO
+    """auto = by suffix and contents; tokens = folders of ``everstep data tokenize``, .npy, .bin."""
+    text_key: str = Field(default="text", min_length=1)
+    """Name of the field (jsonl) or column (parquet, hf) that holds the text."""
+    on_bad_rows: Literal["error", "skip"] = "error"
+    """What to do with rows that are malformed or have no text: stop, or skip and report them."""
+    token_dtype: Literal["uint16", "uint32"] | None = None
+    """Type of the tokens in raw .bin files, which do not tell it."""
+    storage_options: dict[str, Any] = Field(default_factory=dict)
+    """Options of the URL's fsspec file system; '$NAME' is taken from the environment."""
+
+
+def _parse_entries(value: Any, rest: ValidatorFunctionWrapHandler) -> Any:
+    """Entries of ``data.source`` one by one, so that an error says which key of which is wrong."""
+    if not isinstance(value, list) or not any(isinstance(item, dict) for item in value):
+        return rest(value)
+    return [_parse_entry(item, f"data.source[{number}]") for number, item in enumerate(value)]
+
+
+def _parse_entry(item: Any, name: str) -> SourceConfig:
+    if isinstance(item, SourceConfig):
+        return item
+    if not isinstance(item, dict):
+        raise ValueError(
+            f"{name}: got {item!r} beside entries with keys; write {{path: {item}}}, or only paths"
+        )
+    for key, entry in item.items():
+        if isinstance(entry, bool) and key in SourceConfig.model_fields:
+            raise ValueError(f"{name}.{key}: got {str(entry).lower()}, which it cannot be")
+    try:
+        return SourceConfig.model_validate(item)
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        key, message = str(first["loc"][0]), first["msg"]
+    if key not in SourceConfig.model_fields:
+        near = difflib.get_close_matches(key, SourceConfig.model_fields, n=1)
+        hint = f"did you mean {near[0]}?" if near else ""
+        known = hint or f"the keys there are {', '.join(SourceConfig.model_fields)}"
+        raise ValueError(f"unknown key {name}.{key}; {known}")
+    if key not in item:
+        raise ValueError(f"{name}.{key} is missing, expected files, folders, globs or URLs")
+    raise ValueError(f"{name}.{key}: got {item[key]!r}: {message[:1].lower()}{message[1:]}")
+
+
 class DataConfig(Section):
     """Where tokens come from and how they are cut into batches."""
 
-    source: str | list[str] = "stdlib"
-    """'stdlib' (sources of the Python standard library), or text files, folders or globs."""
+    source: Annotated[str | list[str] | list[SourceConfig], WrapValidator(_parse_entries)] = (
+        "stdlib"
+    )
+    """'stdlib' (sources of the Python standard library), files, folders, globs, URLs, or entries
+    {path, weight, format, text_key, ...}: a mixture; docs/data.md shows each."""
     tokenizer: str = "bytes"
-    """'bytes', or the path of a Hugging Face ``tokenizer.json``."""
+    """'bytes', the path of a Hugging Face ``tokenizer.json``, or 'auto': that of a folder made by
+    ``everstep data tokenize`` in ``source``."""
     seq_len: int = Field(default=256, ge=2)
     """Tokens per sample."""
     global_batch: int = Field(default=16, ge=1)
     """Samples per optimizer update, over all ranks."""
     micro_batch: Positive | Auto = AUTO
-    """Samples per rank and forward pass; auto = all of the rank's share (no accumulation)."""
+    """Samples per rank and forward pass; auto = all of the rank's share (no accumulation), in a
+    pipeline the largest size that makes 2 x mesh.pp micro-batches or more, if there are as many."""
     document_mask: bool = False
     """Attention stays inside of documents; its mask takes seq_len x seq_len bytes per sample."""
     held_out: float = Field(default=0.02, ge=0, lt=0.5)
@@ -148,7 +216,7 @@ class MeshConfig(Section):
     """Sizes of the mesh axes; their product is the number of ranks."""
 
     pp: int = Field(default=1, ge=1)
-    """Pipeline stages."""
+    """Pipeline ranks: each holds some of the layers (see parallel.pipeline_schedule)."""
     dp_replicate: int = Field(default=1, ge=1)
     """Replicas of the sharded model (HSDP)."""
     dp_shard: Positive | Auto = AUTO
@@ -174,6 +242,11 @@ class ParallelConfig(Section):
     """Recompute each block's activations in backward instead of keeping them."""
     compile: bool = False
     """Run each block through ``torch.compile`` in training and evaluation."""
+    pipeline_schedule: PipelineSchedule = "1f1b"
+    """With mesh.pp > 1: 1f1b, interleaved (several stages per rank), or zero_bubble (weight
+    gradients fill the idle time; keeps more activations)."""
+    stages_per_rank: Positive | Auto = AUTO
+    """Pipeline stages per rank; auto = 1 for 1f1b, 2 for interleaved and zero_bubble."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """auto = CUDA where torch finds it, else CPU."""
     threads: Positive | Auto = AUTO

@@ -6,6 +6,7 @@ line, or command line), which dotted key, what it got, what is allowed.
 
 import difflib
 import importlib.resources
+import re
 from collections.abc import Mapping, Sequence
 from importlib.resources.abc import Traversable
 from pathlib import Path
@@ -20,6 +21,7 @@ from everstep.trainer.errors import ConfigError
 
 COMMAND_LINE = "command line"
 _LONGEST_VALUE = 60
+_SECRET = re.compile("secret|token|password|passwd|passphrase|key|credential|auth|sas", re.I)
 
 
 def load_config(ref: str, overrides: Sequence[str] = ()) -> RunConfig:
@@ -49,9 +51,29 @@ def parse_config(text: str, source: str, overrides: Sequence[str] = ()) -> RunCo
     return _validate(values, places, source)
 
 
-def dump_config(config: RunConfig) -> str:
-    """YAML text with every field, which ``parse_config`` reads back to an equal object."""
-    return dump_yaml(config.model_dump())
+def dump_config(config: RunConfig, *, mask_secrets: bool = False) -> str:
+    """YAML text with every field, which ``parse_config`` reads back to an equal object.
+
+    With ``mask_secrets``, for eyes and logs: what ``storage_options`` keep under a name that
+    sounds secret is ``***``, unless it only names an environment variable.
+    """
+    values = config.model_dump()
+    if mask_secrets and isinstance(values["data"]["source"], list):
+        for entry in values["data"]["source"]:
+            if isinstance(entry, dict):
+                entry["storage_options"] = _masked(entry["storage_options"])
+    return dump_yaml(values)
+
+
+def _masked(options: dict[str, Any]) -> dict[str, Any]:
+    def mask(key: str, value: Any) -> Any:
+        if isinstance(value, dict):
+            return _masked(value)
+        from_environment = isinstance(value, str) and value.startswith("$")
+        secret = _SECRET.search(key) is not None and not from_environment
+        return "***" if secret else value
+
+    return {key: mask(str(key), value) for key, value in options.items()}
 
 
 def packaged_configs() -> dict[str, Traversable]:

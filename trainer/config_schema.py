@@ -25,6 +25,8 @@ ELSEWHERE = {
     "max_grad_norm": "optim.clip_norm",
     "n_embd": "model.dim",
     "save_steps": "checkpoint.every_steps",
+    "pipeline_parallel": "mesh.pp",
+    "pp_size": "mesh.pp",
     "tensor_parallel": "mesh.tp",
     "tp_size": "mesh.tp",
     "fsdp": "mesh.dp_shard",
@@ -132,6 +134,8 @@ def _describe(kind: Any, metadata: Sequence[Any]) -> str:
         return f"a list of {_plural(_describe(args[0], ()))}"
     if origin is tuple:
         return f"a list of {len(args)} {_plural(_describe(args[0], ()))}"
+    if isinstance(kind, type) and issubclass(kind, Section):
+        return f"a mapping with the keys {', '.join(kind.model_fields)}"
     words = {int: "an integer", float: "a number", bool: "true or false", str: "a string"}
     word = "nothing (null)" if kind is type(None) else words.get(kind, "a mapping")
     return " ".join([word, *filter(None, [_bounds(metadata), _pattern(metadata)])])

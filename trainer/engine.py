@@ -17,9 +17,11 @@ from everstep.trainer.init import materialise
 from everstep.trainer.loss import token_loss_sum
 from everstep.trainer.mesh import build_mesh
 from everstep.trainer.mesh_shape import MeshShape
-from everstep.trainer.model import build_model, logits_of
+from everstep.trainer.model import Llama, build_model, logits_of
 from everstep.trainer.optim import build_optimizer, build_scheduler, clip_gradients
 from everstep.trainer.parallelize import parallelize, set_gradient_sync
+from everstep.trainer.pipeline import Pipeline
+from everstep.trainer.sample import logits_at
 from everstep.trainer.transfer import DeviceBatch, in_flight, transfer_to
 
 
@@ -27,7 +29,10 @@ class Engine(Protocol):
     """What the loop needs; another engine trains the same model with other machinery."""
 
     def forward_backward(self, batches: Sequence[MicroBatch]) -> Tensor:
-        """Gradients of one step's micro batches; this rank's sum of token losses, fp64, 0-d."""
+        """Gradients of one step's micro batches; this rank's sum of token losses, fp64, 0-d.
+
+        It is 0 on a rank of a pipeline that does not see the loss.
+        """
         ...
 
     def apply_gradients(self) -> float:
@@ -38,7 +43,12 @@ class Engine(Protocol):
         ...
 
     def evaluate(self, batches: Iterable[MicroBatch]) -> Tensor:
-        """This rank's (sum of token losses, tokens), fp64, shape (2,)."""
+        """This rank's (sum of token losses, tokens), fp64, shape (2,); both are 0 on a rank of a
+        pipeline that does not see the loss."""
+        ...
+
+    def logits_at(self, tokens_1L: Tensor, position: int) -> Tensor:
+        """Logits (V,) at one position of tokens (1, L), the same on every rank."""
         ...
 
     def state(self, data: BatchStream) -> State:
@@ -46,8 +56,24 @@ class Engine(Protocol):
         ...
 
 
+class Passes(Protocol):
+    """How batches go through the model; gradients are left in its parameters."""
+
+    def forward_backward(self, batches: Sequence[MicroBatch]) -> Tensor:
+        """See ``Engine``."""
+        ...
+
+    def evaluate(self, batches: Iterable[MicroBatch]) -> Tensor:
+        """See ``Engine``."""
+        ...
+
+    def logits_at(self, tokens_1L: Tensor, position: int) -> Tensor:
+        """See ``sample.LogitsAt``."""
+        ...
+
+
 class TorchEngine:
-    """FSDP2, HSDP and tensor parallelism; creating one is a collective call.
+    """FSDP2, HSDP, tensor and pipeline parallelism; creating one is a collective call.
 
     Args:
         config: the run.
@@ -66,8 +92,6 @@ class TorchEngine:
         document_end: int | None = None,
     ) -> None:
         self.device = device
-        self._transfer = transfer_to(device)
-        self._vocab_size = vocab_size
         self.mesh = build_mesh(shape, device.type)
         model = build_model(
             config.model,
@@ -76,6 +100,8 @@ class TorchEngine:
             seed=config.seed,
             document_end=document_end,
         )
+        self.parameters = sum(parameter.numel() for parameter in model.parameters())
+        """Of the whole model, tied ones once."""
         self.model: nn.Module = parallelize(model, self.mesh, shape, config.parallel)
         materialise(self.model, device, config.seed)
         self.optimizer = build_optimizer(self.model, config.optim)
@@ -86,7 +112,14 @@ class TorchEngine:
         self.scheduler = build_scheduler(self.optimizer, config.optim, config.train.steps)
         self._clip_norm = config.optim.clip_norm
         global_tokens = config.data.global_batch * config.data.seq_len
-        self._loss_scale = shape.dp / global_tokens  # FSDP averages gradients over the dp ranks
+        loss_scale = shape.dp / global_tokens  # FSDP averages gradients over the dp ranks
+        self._pipeline: Pipeline | None = None
+        self._passes: Passes
+        if isinstance(self.model, Llama) and self.model.stages:
+            self._pipeline = Pipeline(config, self.model, self.mesh, shape, device, loss_scale)
+            self._passes = self._pipeline
+        else:
+            self._passes = WholePasses(self.model, device, vocab_size, loss_scale)
 
     def follow_config(self) -> None:
         """After a load: learning rate and the like are the configuration's, changed or not.
@@ -107,17 +140,17 @@ class TorchEngine:
 
     def forward_backward(self, batches: Sequence[MicroBatch]) -> Tensor:
         """See ``Engine``; gradients are reduced with the last micro batch only."""
-        total = torch.zeros((), dtype=torch.float64, device=self.device)
-        for index, batch in enumerate(in_flight(batches, self._transfer)):
-            set_gradient_sync(self.model, index == len(batches) - 1)
-            loss_sum = self._loss_sum(batch)
-            torch.autograd.backward(loss_sum * self._loss_scale)
-            total += loss_sum.detach()
-        return total
+        return self._passes.forward_backward(batches)
 
     def apply_gradients(self) -> float:
         """See ``Engine``."""
-        norm = clip_gradients(self.model.parameters(), self._clip_norm)
+        pipeline = self._pipeline
+        norm = clip_gradients(
+            self.model.parameters(),
+            self._clip_norm,
+            pipeline=pipeline.group if pipeline else None,
+            copies=pipeline.copies if pipeline else (),
+        )
         if not math.isfinite(norm):
             return norm
         self.optimizer.step()
@@ -127,25 +160,64 @@ class TorchEngine:
 
     def evaluate(self, batches: Iterable[MicroBatch]) -> Tensor:
         """See ``Engine``."""
-        total = torch.zeros(2, dtype=torch.float64, device=self.device)
-        self.model.eval()
+        return self._passes.evaluate(batches)
+
+    def logits_at(self, tokens_1L: Tensor, position: int) -> Tensor:
+        """See ``sample.LogitsAt``; every rank calls it."""
+        return self._passes.logits_at(tokens_1L, position)
+
+    def state(self, data: BatchStream) -> State:
+        """See ``Engine``."""
+        if self._pipeline is not None:
+            self._pipeline.release()  # its stages are views, which the state does not see
+        return State(
+            model=self.model, optimizer=self.optimizer, scheduler=self.scheduler, data=data
+        )
+
+
+class WholePasses:
+    """Passes through a model that every rank has all layers of.
+
+    Args:
+        model: parallelised and materialised.
+        device: where this rank computes.
+        vocab_size: the tokenizer's.
+        loss_scale: what the sum of token losses is multiplied with for the gradients.
+    """
+
+    def __init__(
+        self, model: nn.Module, device: torch.device, vocab_size: int, loss_scale: float
+    ) -> None:
+        self._model, self._device = model, device
+        self._vocab_size, self._loss_scale = vocab_size, loss_scale
+        self._transfer = transfer_to(device)
+        self.logits_at = logits_at(model)
+
+    def forward_backward(self, batches: Sequence[MicroBatch]) -> Tensor:
+        """See ``Engine``; gradients are reduced with the last micro batch only."""
+        total = torch.zeros((), dtype=torch.float64, device=self._device)
+        for index, batch in enumerate(in_flight(batches, self._transfer)):
+            set_gradient_sync(self._model, index == len(batches) - 1)
+            loss_sum = self._loss_sum(batch)
+            torch.autograd.backward(loss_sum * self._loss_scale)
+            total += loss_sum.detach()
+        return total
+
+    def evaluate(self, batches: Iterable[MicroBatch]) -> Tensor:
+        """See ``Engine``."""
+        total = torch.zeros(2, dtype=torch.float64, device=self._device)
+        self._model.eval()
         try:
             with torch.no_grad():
                 for batch in in_flight(batches, self._transfer):
                     total[0] += self._loss_sum(batch)
                     total[1] += batch.targets_BL.numel()
         finally:
-            self.model.train()
+            self._model.train()
         return total
 
-    def state(self, data: BatchStream) -> State:
-        """See ``Engine``."""
-        return State(
-            model=self.model, optimizer=self.optimizer, scheduler=self.scheduler, data=data
-        )
-
     def _loss_sum(self, batch: DeviceBatch) -> Tensor:
-        logits_BLV = logits_of(self.model, batch.tokens_BL, batch.sample_B)
+        logits_BLV = logits_of(self._model, batch.tokens_BL, batch.sample_B)
         shape, wanted = tuple(logits_BLV.shape), (*batch.tokens_BL.shape, self._vocab_size)
         if len(shape) != 3 or shape[:2] != wanted[:2] or shape[2] < wanted[2]:
             raise ConfigError(
@@ -156,6 +228,6 @@ class TorchEngine:
 
 
 def sum_over_ranks(values: Tensor, tp: int) -> list[float]:
-    """Sums over the data-parallel ranks; tensor-parallel ranks hold the same values."""
+    """Sums over all ranks but tensor-parallel ones, which hold the same values."""
     dist.all_reduce(values)
     return [value / tp for value in values.tolist()]

@@ -28,9 +28,10 @@ def materialise(model: nn.Module, device: torch.device, seed: int) -> None:
     if not isinstance(model, Llama):
         model.to(device)
         return
-    model.to_empty(device=device)
+    for root in model.roots:
+        root.to_empty(device=device)
     model.tie()
-    model.model.rotary.fill()
+    model.model.context.rotary.fill()
     init_weights(model, seed)
 
 

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from everstep.trainer.config import AUTO, DataConfig, MeshConfig, RunConfig
 from everstep.trainer.errors import ConfigError
 from everstep.trainer.model_shape import resolve_model
+from everstep.trainer.pipeline_plan import check_micro_batches, check_stages, pick_micro_batch
 
 AXES = ("pp", "dp_replicate", "dp_shard", "tp")
 BYTES_VOCAB = 257
@@ -81,7 +82,7 @@ def resolve_mesh(mesh: MeshConfig, world_size: int) -> MeshShape:
             raise ConfigError(
                 f"the mesh ({_asked(mesh)}) needs a multiple of {others} ranks, but there "
                 f"{_are(world_size)}: start {near} (--nproc {near}) or change "
-                "mesh.dp_replicate and mesh.tp"
+                "mesh.pp, mesh.dp_replicate and mesh.tp"
             )
         dp_shard = world_size // others
     else:
@@ -147,9 +148,22 @@ def plan_batches(data: DataConfig, dp: int) -> BatchPlan:
     )
 
 
+def settle_micro_batch(config: RunConfig, shape: MeshShape) -> RunConfig:
+    """``config`` with ``data.micro_batch: auto`` decided where a pipeline has a say in it."""
+    if shape.pp == 1 or config.data.micro_batch != AUTO:
+        return config
+    per_rank = plan_batches(config.data, shape.dp).per_rank
+    size = pick_micro_batch(config.parallel.pipeline_schedule, per_rank, shape.pp)
+    data = config.data.model_copy(update={"micro_batch": size})
+    return config.model_copy(update={"data": data})
+
+
 def check_config(config: RunConfig, shape: MeshShape) -> None:
     """Check what several sections have to agree on, for a resolved mesh; raises ConfigError."""
-    plan_batches(config.data, shape.dp)
+    batches = plan_batches(settle_micro_batch(config, shape).data, shape.dp)
+    if shape.pp > 1:
+        check_stages(config.model, config.parallel, shape.pp)
+        check_micro_batches(config.parallel.pipeline_schedule, batches.accumulation, shape.pp)
     _check_model(config, shape.tp)
     _check_names(config)
     train = config.train
@@ -221,13 +235,13 @@ def _check_names(config: RunConfig) -> None:
 
 
 def _check_built(mesh: MeshConfig) -> None:
-    kinds = {"pp": "pipeline", "cp": "context", "ep": "expert"}
+    kinds = {"cp": "context", "ep": "expert"}
     for axis, kind in kinds.items():
         size = getattr(mesh, axis)
         if size > 1:
             raise ConfigError(
                 f"mesh.{axis}={size}: {kind} parallelism is not built yet; leave mesh.{axis} at 1 "
-                "and use dp_replicate, dp_shard and tp"
+                "and use pp, dp_replicate, dp_shard and tp"
             )
 
 

@@ -9,6 +9,7 @@ Source: Touvron et al. 2023 (Llama, Llama 2); grouped-query attention, Ainslie e
 positions, Su et al. 2021, in the half-split convention of Hugging Face.
 """
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -182,8 +183,8 @@ class Block(nn.Module):
         return x_BLD
 
 
-class Decoder(nn.Module):
-    """Embedding, blocks and final norm.
+class TokenContext(nn.Module):
+    """What all blocks need to know of a batch besides the stream; nothing of it is saved.
 
     ``document_end`` is the token that ends a document where attention stays inside of documents.
     """
@@ -195,33 +196,57 @@ class Decoder(nn.Module):
         *,
         seq_len: int,
         seed: int,
-        document_end: int | None = None,
+        document_end: int | None,
     ) -> None:
         super().__init__()
-        self.embed_tokens = nn.Embedding(shape.vocab_size, shape.dim)
-        self.layers = nn.ModuleList(Block(config, shape) for _ in range(shape.layers))
-        self.norm = RMSNorm(shape.dim, config.norm_eps)
         self.rotary = RotaryTable(seq_len, shape.head_dim, config.rope_theta)
         self.token_keys = TokenKeys(seed)
         self.dropout = config.dropout
         self.document_end = document_end
 
-    def forward(self, tokens_BL: Tensor, sample_B: Tensor | None) -> Tensor:
-        """Tokens (B, L) -> normalised stream (B, L, D)."""
+    def forward(
+        self, tokens_BL: Tensor, sample_B: Tensor | None
+    ) -> tuple[Rotary, Tensor | None, Tensor | None]:
+        """Rotary table, dropout keys (None: no dropout) and mask (None: causal) of a batch."""
         seq_len = tokens_BL.shape[1]
-        keys_BL = None
+        keys_BL = mask_B1LL = None
         if self.training and self.dropout > 0:
             if sample_B is None:
                 raise ValueError("dropout in training needs sample_B, the global sample indices")
             keys_BL = self.token_keys(sample_B, seq_len)
-        mask_B1LL = None
         if self.document_end is not None:
             mask_B1LL = same_document(tokens_BL, self.document_end)
-        rotary = self.rotary(seq_len)
-        x_BLD = self.embed_tokens(tokens_BL)
-        for index, layer in enumerate(self.layers):
-            layer_keys_BL = None if keys_BL is None else keys_of_layer(keys_BL, index)
-            x_BLD = layer(x_BLD, rotary, layer_keys_BL, mask_B1LL)
+        return self.rotary(seq_len), keys_BL, mask_B1LL
+
+
+def run_blocks(
+    x_BLD: Tensor,
+    blocks: Iterable[tuple[str, nn.Module]],
+    rotary: Rotary,
+    keys_BL: Tensor | None,
+    mask_B1LL: Tensor | None,
+) -> Tensor:
+    """The stream (B, L, D) after ``blocks``, each under its number in the whole model."""
+    for number, block in blocks:
+        block_keys_BL = None if keys_BL is None else keys_of_layer(keys_BL, int(number))
+        x_BLD = block(x_BLD, rotary, block_keys_BL, mask_B1LL)
+    return x_BLD
+
+
+class Decoder(nn.Module):
+    """Embedding, blocks and final norm."""
+
+    def __init__(self, config: ModelConfig, shape: ModelShape, context: TokenContext) -> None:
+        super().__init__()
+        self.embed_tokens = nn.Embedding(shape.vocab_size, shape.dim)
+        self.layers = nn.ModuleList(Block(config, shape) for _ in range(shape.layers))
+        self.norm = RMSNorm(shape.dim, config.norm_eps)
+        self.context = context
+
+    def forward(self, tokens_BL: Tensor, sample_B: Tensor | None) -> Tensor:
+        """Tokens (B, L) -> normalised stream (B, L, D)."""
+        context = self.context(tokens_BL, sample_B)
+        x_BLD = run_blocks(self.embed_tokens(tokens_BL), self.layers.named_children(), *context)
         out: Tensor = self.norm(x_BLD)
         return out
 
@@ -242,14 +267,22 @@ class Llama(nn.Module):
         self.config = config
         self.shape = shape
         self.seq_len = seq_len
-        self.model = Decoder(config, shape, seq_len=seq_len, seed=seed, document_end=document_end)
+        context = TokenContext(config, shape, seq_len=seq_len, seed=seed, document_end=document_end)
+        self.model = Decoder(config, shape, context)
         self.lm_head = Linear(shape.dim, shape.vocab_size)
+        self.stages: list[nn.Module] = []
+        """This rank's pipeline stages, in order, once ``stage.split_model`` has cut the model."""
         self.tie()
 
     def tie(self) -> None:
         """Make the output head share the embedding's parameter, if the configuration says so."""
-        if self.config.tie_embeddings:
+        if self.config.tie_embeddings and hasattr(self, "lm_head"):
             self.lm_head.weight = self.model.embed_tokens.weight
+
+    @property
+    def roots(self) -> list[nn.Module]:
+        """What computes, and together holds every parameter: the stages, or the whole model."""
+        return self.stages or [self]
 
     def forward(self, tokens_BL: Tensor, sample_B: Tensor | None = None) -> Tensor:
         """Tokens (B, L) -> logits (B, L, V); a DTensor cut along V under tensor parallelism.

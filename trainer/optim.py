@@ -2,7 +2,7 @@
 
 import math
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 
 import torch
 import torch.distributed as dist
@@ -69,25 +69,37 @@ def _fraction(part: int, whole: int) -> float:
 
 
 @torch.no_grad()
-def clip_gradients(parameters: Iterable[Tensor], max_norm: float) -> float:
+def clip_gradients(
+    parameters: Iterable[Tensor],
+    max_norm: float,
+    *,
+    pipeline: dist.ProcessGroup | None = None,
+    copies: Collection[Tensor] = (),
+) -> float:
     """Scale gradients so that their global 2-norm is at most ``max_norm`` (0: never); the norm.
 
     The norm is of the logical gradient: each shard counts once over every mesh axis it is cut
     along, replicas count once. One small collective per mesh axis in use, however many parameters.
-    Every rank calls it with the same parameters and gets the same number.
+    Every rank calls it with the same parameters and gets the same number. Ranks of ``pipeline``
+    have different ones; those in ``copies`` are counted by another of them.
     """
-    gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
-    locals_by_axes: dict[tuple[str, ...], list[Tensor]] = defaultdict(list)
     axis_groups: dict[str, dist.ProcessGroup] = {}
-    for gradient in gradients:
+    locals_by_axes: dict[tuple[str, ...], list[Tensor]] = defaultdict(list)
+    uncounted: list[Tensor] = []
+    skipped = {id(parameter) for parameter in copies}
+    for parameter in parameters:
+        gradient = parameter.grad
+        if gradient is None:
+            continue
+        cut: tuple[str, ...] = ()
+        local = gradient
         if isinstance(gradient, DTensor):
             mesh = gradient.device_mesh
             cut = tuple(cut_dims(gradient))
             axis_groups |= {name: mesh.get_group(name) for name in cut if name not in axis_groups}
-            locals_by_axes[cut].append(gradient.to_local())
-        else:
-            locals_by_axes[()].append(gradient)
-    if not gradients:
+            local = gradient.to_local()
+        (uncounted if id(parameter) in skipped else locals_by_axes[cut]).append(local)
+    if not locals_by_axes:
         return 0.0
 
     squares = {
@@ -99,8 +111,12 @@ def clip_gradients(parameters: Iterable[Tensor], max_norm: float) -> float:
         summed = torch.stack([squares[axes] for axes in cut_here])
         dist.all_reduce(summed, group=group)
         squares |= dict(zip(cut_here, summed, strict=True))
-    norm = float(torch.stack(list(squares.values())).sum().sqrt())
+    square = torch.stack(list(squares.values())).sum()
+    if pipeline is not None:
+        dist.all_reduce(square, group=pipeline)
+    norm = float(square.sqrt())
     if 0 < max_norm < norm:
-        for tensors in locals_by_axes.values():
-            torch._foreach_mul_(tensors, max_norm / norm)
+        for tensors in (*locals_by_axes.values(), uncounted):
+            if tensors:
+                torch._foreach_mul_(tensors, max_norm / norm)
     return norm

@@ -1,4 +1,4 @@
-"""Putting a model on a mesh: tensor parallelism, recomputation, compilation, FSDP2, in that order.
+"""Putting a model on a mesh: tensor parallelism, stages, compilation, recomputation, FSDP2.
 
 Recomputation and compilation replace a block's ``forward`` rather than wrapping the block: names of
 parameters stay what they are, and FSDP2's hooks stay outside, so that weights are gathered once.
@@ -17,6 +17,8 @@ from everstep.trainer.config import ParallelConfig
 from everstep.trainer.errors import ConfigError
 from everstep.trainer.mesh_shape import MeshShape
 from everstep.trainer.model import Llama
+from everstep.trainer.pipeline_plan import count_stages, split_stages
+from everstep.trainer.stage import Stage, split_model
 from everstep.trainer.tensor_parallel import apply_tensor_parallel
 
 KEEP_GATHERED_BYTES = 1 << 30
@@ -28,17 +30,23 @@ def parallelize(
 ) -> nn.Module:
     """Distribute ``model`` over ``mesh`` in place and return it; ``init.materialise`` comes next.
 
+    With mesh.pp > 1 it is left with this rank's pipeline stages, which ``pipeline.Pipeline`` runs.
     A single rank in fp32 needs no FSDP2 and gets none. Gradients become means over data-parallel
     ranks: for the mean over all tokens of a step, backpropagate the sum over a micro batch times
-    ``shape.dp / tokens of the step``. Raises ConfigError for a user's model with mesh.tp > 1.
+    ``shape.dp / tokens of the step``. Raises ConfigError for a user's model with mesh.tp > 1 or
+    mesh.pp > 1.
     """
-    if shape.tp > 1:
-        if not isinstance(model, Llama):
+    for axis, size in (("tp", shape.tp), ("pp", shape.pp)):
+        if size > 1 and not isinstance(model, Llama):
             raise ConfigError(
-                f"mesh.tp={shape.tp} needs the built-in model, but model.factory is set: use "
+                f"mesh.{axis}={size} needs the built-in model, but model.factory is set: use "
                 "mesh.dp_shard to share its memory instead"
             )
+    if shape.tp > 1 and isinstance(model, Llama):
         apply_tensor_parallel(model, mesh["tp"])
+    if shape.pp > 1 and isinstance(model, Llama):
+        spans = split_stages(model.shape, model.seq_len, count_stages(parallel, shape.pp))
+        split_model(model, spans[mesh["pp"].get_local_rank() :: shape.pp])
     for block in _blocks(model):
         if parallel.compile:
             # Shapes never change in training. All blocks of the built-in model run one code in one
@@ -74,7 +82,10 @@ def _shard(model: nn.Module, mesh: DeviceMesh, shape: MeshShape, parallel: Paral
         root_policy = MixedPrecisionPolicy(
             param_dtype=torch.bfloat16, reduce_dtype=torch.float32, output_dtype=torch.float32
         )
-    reshard = _gathered_bytes(model, shape, parallel) > KEEP_GATHERED_BYTES
+    roots = model.roots if isinstance(model, Llama) else [model]
+    # A pipeline passes its blocks once per micro-batch, before the first gradient is needed.
+    in_pipeline = shape.pp > 1
+    reshard = not in_pipeline and _gathered_bytes(model, shape, parallel) > KEEP_GATHERED_BYTES
     blocks = list(_blocks(model))
     for block in blocks:
         # The last block's backward follows its forward at once.
@@ -84,7 +95,10 @@ def _shard(model: nn.Module, mesh: DeviceMesh, shape: MeshShape, parallel: Paral
             mp_policy=block_policy,
             reshard_after_forward=reshard and block is not blocks[-1],
         )
-    fully_shard(model, mesh=data_mesh, mp_policy=root_policy, reshard_after_forward=False)
+    for root in roots:
+        inner = isinstance(root, Stage) and not root.span.last
+        policy = block_policy if inner else root_policy
+        fully_shard(root, mesh=data_mesh, mp_policy=policy, reshard_after_forward=False)
 
 
 def _gathered_bytes(model: nn.Module, shape: MeshShape, parallel: ParallelConfig) -> int:

@@ -42,14 +42,6 @@ def cut_dims(tensor: DTensor) -> dict[str, int]:
     }
 
 
-def axis_size(weight: Tensor, axis: str) -> int:
-    """Number of ranks along mesh axis ``axis`` of a weight; 1 where its mesh has none."""
-    if not isinstance(weight, DTensor):
-        return 1
-    names = weight.device_mesh.mesh_dim_names or ()
-    return weight.device_mesh.size(names.index(axis)) if axis in names else 1
-
-
 def apply_function(function: type[torch.autograd.Function], *arguments: Any) -> Tensor:
     """``function.apply(*arguments)``, which torch leaves untyped."""
     apply: Callable[..., Tensor] = function.apply

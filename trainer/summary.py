@@ -7,9 +7,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from torch import nn
-
 from everstep.trainer.commands import resume_command
+from everstep.trainer.data import samples_in
 from everstep.trainer.flops import TERA
 from everstep.trainer.progress import short_bytes, short_number
 
@@ -29,9 +28,14 @@ def summarise(run: "Run", run_dir: Path, nproc: int | None, sample: str | None) 
     tokens = config.train.steps * config.data.global_batch * config.data.seq_len
     epochs = run.stream.position / run.stream.samples_per_epoch
     lines = [
-        f"Trained {count_parameters(run.engine.model) / 1e6:.2f} M parameters on {run.shape}",
+        f"Trained {run.engine.parameters / 1e6:.2f} M parameters on {run.shape}",
         f"  data         {corpus.name}: {tokens / 1e6:.3g} M tokens seen, {epochs:.2f} epochs",
     ]
+    if len(corpus.parts) > 1:
+        for part, share in zip(corpus.parts, corpus.shares, strict=True):
+            rounds = run.stream.position * share
+            rounds /= samples_in(part.tokens_train.size, config.data.seq_len)
+            lines.append(f"    {share:6.2%}   {part.name}: {rounds:.2f} epochs")
     if math.isfinite(run.first_loss):
         lines.append(f"  train loss   {run.first_loss:.3f} -> {run.last_loss:.3f} nats per token")
     else:
@@ -69,11 +73,6 @@ def speed_words(speed: Mapping[str, float]) -> str:
         f"{short_number(speed['tflops_per_s'] * TERA)} FLOP/s per device{share}, "
         f"{short_bytes(int(speed['peak_memory_bytes']))} at most on rank 0"
     )
-
-
-def count_parameters(model: nn.Module) -> int:
-    """Parameters of the whole model, tied ones once, whatever its sharding."""
-    return sum(p.numel() for p in model.parameters())
 
 
 def _command(text: str) -> list[str]:

@@ -70,7 +70,7 @@ def apply_tensor_parallel(model: Llama, mesh: DeviceMesh) -> None:
     embedding = model.model.embed_tokens
     embedding.forward = _vocabulary_lookup(embedding, rank)  # type: ignore[assignment]
     embedding.register_forward_hook(scatter_output)
-    model.model.token_keys.register_forward_hook(own_part)
+    model.model.context.token_keys.register_forward_hook(own_part)
     model.lm_head.register_forward_pre_hook(gather_input)
     model.lm_head.register_forward_hook(logical_logits)
 

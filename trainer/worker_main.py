@@ -21,7 +21,13 @@ from everstep.trainer.data.prefetch import BatchStream, prefetched
 from everstep.trainer.device import prepare_device
 from everstep.trainer.engine import TorchEngine
 from everstep.trainer.loop import Run, Say, train
-from everstep.trainer.mesh_shape import MeshShape, check_config, local_device, resolve_mesh
+from everstep.trainer.mesh_shape import (
+    MeshShape,
+    check_config,
+    local_device,
+    resolve_mesh,
+    settle_micro_batch,
+)
 from everstep.trainer.meter import step_meter
 from everstep.trainer.metrics import open_sinks
 from everstep.trainer.rank_spec import (
@@ -59,6 +65,7 @@ def run_rank(spec: RankSpec, report: Reporter, should_stop: StopRequested) -> in
     config = parse_config(spec.config_yaml, f"{spec.run_dir}/config.yaml")
     shape = resolve_mesh(config.mesh, spec.world_size)
     check_config(config, shape)
+    config = settle_micro_batch(config, shape)
     # Any model that ends in a plain layer makes FSDP2 say this; in-place operations are its own.
     warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
     device = _choose_device(config, spec)
@@ -81,7 +88,7 @@ def _run(
     run_dir = Path(spec.run_dir)
     collective = ProcessGroupCollective(timeout_s=config.parallel.timeout_s)
     corpus = _open_corpus(config, run_dir, collective, say)
-    coordinate = {a: i for a, i in shape.coordinate(spec.rank).items() if a != "pp"}
+    coordinate = shape.coordinate(spec.rank)
     dp_rank = coordinate["dp_replicate"] * shape.dp_shard + coordinate["dp_shard"]
     document_end = corpus.tokenizer.eos_id if config.data.document_mask else None
     engine = TorchEngine(config, shape, device, corpus.vocab_size, document_end)
@@ -194,11 +201,16 @@ def _open_corpus(config: RunConfig, run_dir: Path, collective: Collective, say: 
         if config.train.eval_batches:
             check_held_out_fits(corpus, config.data)
         left_out = f", {len(corpus.skipped)} files left out" if corpus.skipped else ""
+        documents = "" if corpus.documents is None else f"{corpus.documents:,} documents, "
         say(
             "message",
-            text=f"corpus: {corpus.name}, {corpus.documents:,} documents, "
-            f"{corpus.tokens_train.size:,} training tokens{left_out}",
+            text=f"corpus: {corpus.name}, {documents}{corpus.tokens_train.size:,} training "
+            f"tokens{left_out}",
         )
+        if corpus.bad_rows:
+            examples = [example for part in corpus.parts for example in part.bad_examples]
+            shown = f", such as {examples[0]}" if examples else ""
+            say("message", text=f"corpus: {corpus.bad_rows:,} bad rows skipped{shown}")
 
     on_rank0(collective, "corpus", build)
     return open_corpus(config.data, cache, build=False, leave_out=run_dir)
@@ -250,13 +262,14 @@ def _sample(run: Run) -> str | None:
     prompt = run.corpus.encode(SAMPLE_PROMPT)
     with torch.compiler.set_stance("force_eager"):  # windows grow: each would be compiled anew
         ids = generate(
-            run.engine.model,
+            run.engine.logits_at,
             prompt,
             n_tokens,
             temperature=0.7,
             seed=run.config.seed,
             seq_len=run.config.data.seq_len,
             vocab_size=run.corpus.vocab_size,
+            tp=run.shape.tp,
             should_stop=run.should_stop,
         )
     return run.corpus.decode(ids)

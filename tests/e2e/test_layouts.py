@@ -14,7 +14,19 @@ DEBUG = sorted(
     for entry in resources.files("everstep").joinpath("configs").iterdir()
     if entry.name.startswith("debug_")
 )
-IN_EVERY_RUN = {"debug_single", "debug_dp2_tp2"}
+IN_EVERY_RUN = {"debug_single", "debug_dp2_tp2", "debug_pp2"}
+ZERO_BUBBLE = ("parallel.pipeline_schedule=zero_bubble", "parallel.stages_per_rank=1")
+PIPELINES = [
+    ("mesh.dp_shard=2",),
+    ("mesh.dp_replicate=2",),
+    ("mesh.tp=2",),
+    ("mesh.dp_replicate=2", "mesh.dp_shard=2"),
+    ("mesh.dp_shard=4",),
+    ("mesh.dp_replicate=2", "mesh.tp=2", "parallel.activation_checkpointing=true"),
+    ("mesh.dp_shard=2", *ZERO_BUBBLE),
+    ("mesh.dp_shard=2", "mesh.tp=2", *ZERO_BUBBLE),
+]
+"""Changes to debug_pp2: further layouts of the same run."""
 
 
 @pytest.fixture(scope="module")
@@ -27,14 +39,23 @@ def one_rank(folder: Path) -> dict[int, float]:
     return train(folder, "debug_single")
 
 
-def train(folder: Path, name: str) -> dict[int, float]:
-    code, output = cli.run("train", name, cwd=folder, timeout_s=110)
+def train(folder: Path, name: str, *overrides: str) -> dict[int, float]:
+    run_dir = folder / "-".join((name, *overrides))
+    arguments = ("train", name, "--run-dir", str(run_dir), *overrides)
+    code, output = cli.run(*arguments, cwd=folder, timeout_s=200)
     assert code == 0, output
-    return cli.losses(folder / "runs" / name)
+    return cli.losses(run_dir)
+
+
+def assert_losses_of_one_rank(found: dict[int, float], one_rank: dict[int, float]) -> None:
+    assert len(found) == 20
+    assert sorted(found) == sorted(one_rank)
+    for step, loss in one_rank.items():
+        assert math.isclose(found[step], loss, rel_tol=1e-5), (step, found[step], loss)
 
 
 @pytest.mark.multiproc
-@pytest.mark.timeout(240)
+@pytest.mark.timeout(420)
 @pytest.mark.parametrize(
     "name",
     [
@@ -45,8 +66,14 @@ def train(folder: Path, name: str) -> dict[int, float]:
 )
 def test_losses_of_one_rank(folder: Path, one_rank: dict[int, float], name: str) -> None:
     assert load_config(name).parallel.precision == "fp32"
-    found = train(folder, name)
-    assert len(found) == 20
-    assert sorted(found) == sorted(one_rank)
-    for step, loss in one_rank.items():
-        assert math.isclose(found[step], loss, rel_tol=1e-5), (step, found[step], loss)
+    assert_losses_of_one_rank(train(folder, name), one_rank)
+
+
+@pytest.mark.slow
+@pytest.mark.multiproc
+@pytest.mark.timeout(420)
+@pytest.mark.parametrize("overrides", PIPELINES, ids=" ".join)
+def test_losses_of_one_rank_in_other_pipelines(
+    folder: Path, one_rank: dict[int, float], overrides: tuple[str, ...]
+) -> None:
+    assert_losses_of_one_rank(train(folder, "debug_pp2", *overrides), one_rank)

@@ -16,7 +16,7 @@ from torch.distributed.tensor import DTensor
 from everstep.checkpoint.checkpointer import Checkpointer
 from everstep.checkpoint.torch_collective import ProcessGroupCollective
 from everstep.checkpoint.torch_rng import derive_rng
-from everstep.checkpoint.torch_state import State, objects_of, tensors_of
+from everstep.checkpoint.torch_state import State, objects_of, optimizer_of, tensors_of
 from everstep.trainer.config import (
     DataConfig,
     ModelConfig,
@@ -27,7 +27,7 @@ from everstep.trainer.config import (
 )
 from everstep.trainer.data import TrainStream
 from everstep.trainer.engine import TorchEngine
-from everstep.trainer.mesh_shape import MeshShape
+from everstep.trainer.mesh_shape import MeshShape, settle_micro_batch
 from tests.support.corpora import counting_corpus
 from tests.support.format_reader import read_checkpoint
 from tests.support.spawn import RankError, run_ranks
@@ -41,25 +41,29 @@ VOCAB = 130
 class Run:
     """A tiny Llama on some layout; ``dim=20`` gives uneven shards nearly everywhere."""
 
+    pp: int = 1
     dp_replicate: int = 1
     dp_shard: int = 1
     tp: int = 1
     tie: bool = False
     dim: int = 24
+    layers: int = 2
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
 
     @property
     def shape(self) -> MeshShape:
-        return MeshShape(pp=1, dp_replicate=self.dp_replicate, dp_shard=self.dp_shard, tp=self.tp)
+        return MeshShape(
+            pp=self.pp, dp_replicate=self.dp_replicate, dp_shard=self.dp_shard, tp=self.tp
+        )
 
     @property
     def config(self) -> RunConfig:
-        return RunConfig(
+        config = RunConfig(
             seed=3,
             train=TrainConfig(steps=8),
             model=ModelConfig(
                 dim=self.dim,
-                layers=2,
+                layers=self.layers,
                 heads=2,
                 kv_heads=2,
                 ffn_dim=38,
@@ -71,6 +75,7 @@ class Run:
             optim=OptimConfig(lr=3e-3, warmup_steps=3),
             parallel=self.parallel,
         )
+        return settle_micro_batch(config, self.shape)
 
 
 class Trainer:
@@ -78,9 +83,8 @@ class Trainer:
 
     def __init__(self, run: Run, rank: int) -> None:
         config = run.config
-        place = run.shape.coordinate(rank)
-        self.coordinate = {axis: place[axis] for axis in ("dp_replicate", "dp_shard", "tp")}
-        dp_rank = place["dp_replicate"] * run.dp_shard + place["dp_shard"]
+        self.coordinate = run.shape.coordinate(rank)
+        dp_rank = self.coordinate["dp_replicate"] * run.dp_shard + self.coordinate["dp_shard"]
         self.engine = TorchEngine(config, run.shape, torch.device("cpu"), VOCAB)
         corpus = counting_corpus(700)
         self.stream = TrainStream(corpus, config.data, 3, dp_rank, run.shape.dp)
@@ -109,7 +113,9 @@ class Trainer:
     def shards(self) -> dict[str, str]:
         """A digest of everything that this rank holds."""
         found = {n: _digest(t.local) for n, t in tensors_of(self.state).items()}
-        found["objects"] = hashlib.sha256(repr(objects_of(self.state)).encode()).hexdigest()
+        found["objects"] = hashlib.sha256(
+            repr(objects_of(self.state) | optimizer_of(self.state)).encode()
+        ).hexdigest()
         return found
 
     def logical(self) -> dict[str, str]:
@@ -123,8 +129,12 @@ class Trainer:
         for name, tensor in whole.items():
             full = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
             found[name] = _digest(full.detach())
-        found["objects"] = repr(objects_of(self.state))
+        found["objects"] = self.objects()
         return found
+
+    def objects(self) -> str:
+        """What is saved besides tensors."""
+        return repr(objects_of(self.state) | optimizer_of(self.state))
 
 
 def _small_tokens(batch: Any) -> dict[str, Any]:
@@ -188,6 +198,65 @@ def test_a_layout_resumes_on_itself_bit_for_bit(tmp_path: Path, run: Run) -> Non
     assert len(manifest.packs) == world_size
     sizes = [pack.data_bytes for pack in manifest.packs]
     assert max(sizes) - min(sizes) < 0.2 * max(sizes)
+
+
+PIPELINES = {
+    "pp2": Run(pp=2),
+    "pp2 interleaved, tied": Run(
+        pp=2, layers=4, tie=True, parallel=ParallelConfig(pipeline_schedule="interleaved")
+    ),
+    "pp2xdp2 zero bubble, bf16": Run(
+        pp=2,
+        dp_shard=2,
+        layers=4,
+        parallel=ParallelConfig(pipeline_schedule="zero_bubble", precision="bf16"),
+    ),
+    "pp2xdp3 uneven, tied": Run(pp=2, dp_shard=3, dim=20, tie=True),
+}
+SLOW_PIPELINES = {"pp2xdp3 uneven, tied"}
+
+
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(n, marks=pytest.mark.slow if n in SLOW_PIPELINES else ()) for n in PIPELINES],
+)
+def test_a_pipeline_resumes_on_itself_and_saves_what_one_rank_saves(
+    tmp_path: Path, name: str
+) -> None:
+    run = PIPELINES[name]
+    run_ranks(_save_go_on_and_resume, run.shape.world_size, run, str(tmp_path / "pipeline"))
+    one_rank = Run(layers=run.layers, dim=run.dim, tie=run.tie)
+    run_ranks(_save_go_on_and_resume, 1, one_rank, str(tmp_path / "one rank"))
+    with (
+        Checkpointer(tmp_path / "pipeline", read_only=True) as of_pipeline,
+        Checkpointer(tmp_path / "one rank", read_only=True) as of_one_rank,
+    ):
+        found, expected = of_pipeline.inspect(), of_one_rank.inspect()
+    assert found is not None
+    assert expected is not None
+    rngs = {n for n in found.tensors if n.startswith("rng.pp")}
+    assert len(rngs) == 3 * run.shape.world_size
+    specs = {n: t.spec for n, t in found.tensors.items() if n not in rngs}
+    assert specs == {n: t.spec for n, t in expected.tensors.items() if not n.startswith("rng.")}
+    ours, theirs = found.objects["optimizer"]["groups"], expected.objects["optimizer"]["groups"]
+    assert [sorted(g["params"]) for g in ours] == [sorted(g["params"]) for g in theirs]
+
+
+def test_a_pipeline_may_become_one_rank_and_another_pipeline(tmp_path: Path) -> None:
+    interleaved = ParallelConfig(pipeline_schedule="interleaved")
+    runs = [
+        Run(pp=2, layers=4, tie=True),
+        Run(layers=4, tie=True),
+        Run(pp=2, layers=4, tie=True, parallel=interleaved),
+        Run(layers=4, tie=True),
+    ]
+    saved: dict[str, str] = {}
+    for run in runs:
+        results = run_ranks(_resume_train_save, run.shape.world_size, run, str(tmp_path))
+        for found, _, _ in results:
+            tensors = {n: d for n, d in found.items() if n != "objects"}
+            assert not saved or tensors.items() <= saved.items()
+        saved = {n: d for _, after, _ in results for n, d in after.items()}
 
 
 def _resume_train_save(rank: int, world_size: int, run: Run, root: str) -> Any:

@@ -13,11 +13,11 @@ from everstep.trainer.config import ModelConfig, ParallelConfig
 from everstep.trainer.errors import ConfigError
 from everstep.trainer.init import materialise
 from everstep.trainer.loss import IGNORED, token_loss_sum
-from everstep.trainer.mesh import AXES, build_mesh
-from everstep.trainer.mesh_shape import MeshShape
+from everstep.trainer.mesh import build_mesh
+from everstep.trainer.mesh_shape import AXES, MeshShape
 from everstep.trainer.model import build_model, logits_of
 from everstep.trainer.parallelize import parallelize, set_gradient_sync
-from everstep.trainer.sample import generate
+from everstep.trainer.sample import generate, logits_at
 from tests.support.spawn import RankError, run_ranks
 from tests.support.training import SEQ_LEN, VOCAB, TinyResult, TinyRun, train_tiny
 
@@ -119,7 +119,7 @@ def _graphs_of_ten_blocks(rank: int, world_size: int) -> dict[str, int]:
             logits_of(model, tokens_BL, sample_B)
     found["evaluation"] = counters["stats"]["unique_graphs"]
     with torch.compiler.set_stance("force_eager"):
-        generate(model, [1], 9, temperature=0.0, seed=0, seq_len=SEQ_LEN)
+        generate(logits_at(model), [1], 9, temperature=0.0, seed=0, seq_len=SEQ_LEN)
     found["sampling"] = counters["stats"]["unique_graphs"]
     return found
 
@@ -204,7 +204,7 @@ def _generate(rank: int, world_size: int, shape: MeshShape) -> list[int]:
     model = build_model(run.model, vocab_size=VOCAB, seq_len=SEQ_LEN, seed=3)
     mesh = build_mesh(shape, "cpu")
     materialise(parallelize(model, mesh, shape, run.parallel), torch.device("cpu"), seed=3)
-    return generate(model, [1, 2, 3], 20, 0.8, 5, SEQ_LEN, VOCAB)
+    return generate(logits_at(model), [1, 2, 3], 20, 0.8, 5, SEQ_LEN, VOCAB, tp=shape.tp)
 
 
 def test_every_rank_of_every_layout_writes_the_same_text() -> None:

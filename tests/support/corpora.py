@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from everstep.trainer.config import DataConfig
-from everstep.trainer.data import Corpus
+from everstep.trainer.data import Corpus, CorpusPart
 from everstep.trainer.data.tokenizer import BytesTokenizer
 
 WORDS = ["snow", "step", "rank", "shard", "grün", "東京", "loss\tand", "of the", "in\n\nevery"]
@@ -18,18 +18,16 @@ WORDS = ["snow", "step", "rank", "shard", "grün", "東京", "loss\tand", "of th
 def counting_corpus(tokens: int, held_out: int = 0) -> Corpus:
     """A corpus whose tokens are 0, 1, 2, ...: what is in a batch tells where it was cut."""
     row = np.arange(tokens + held_out, dtype=np.uint32)
-    return Corpus(
+    part = CorpusPart(
         name="counting",
         tokens_train=row[:tokens],
         tokens_held_out=row[tokens:],
         digest=f"counting {tokens} {held_out}",
         text_digest="text",
-        tokenizer_digest="tokenizer",
         documents=1,
         text_bytes=tokens,
-        skipped=(),
-        tokenizer=BytesTokenizer(),
     )
+    return Corpus(parts=(part,), tokenizer_digest="tokenizer", tokenizer=BytesTokenizer())
 
 
 def data_config(source: str | list[str] | Path = "unused", **fields: Any) -> DataConfig:

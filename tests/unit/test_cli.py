@@ -213,7 +213,7 @@ def test_config_list_names_every_config_with_its_description(
 ) -> None:
     assert run("config", "list") == 0
     lines = capsys.readouterr().out.splitlines()
-    assert len(lines) == 12
+    assert len(lines) == 14
     assert max(map(len, lines)) <= 100
     assert any(line.startswith("demo ") and "on 4 ranks" in line for line in lines)
 

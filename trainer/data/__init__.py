@@ -1,11 +1,13 @@
-"""Tokens and batches: a deterministic stream over local text, without torch."""
+"""Tokens and batches: a deterministic stream over text and tokens anywhere, without torch."""
 
 from everstep.trainer.data.corpus import (
     Corpus,
+    CorpusPart,
     check_held_out_fits,
     check_training_fits,
     open_corpus,
     samples_in,
+    vocab_size_of,
 )
 from everstep.trainer.data.stream import (
     MicroBatch,
@@ -17,6 +19,7 @@ from everstep.trainer.data.tokenizer import Tokenizer, open_tokenizer
 
 __all__ = [
     "Corpus",
+    "CorpusPart",
     "MicroBatch",
     "SampleStream",
     "Tokenizer",
@@ -27,4 +30,5 @@ __all__ = [
     "open_corpus",
     "open_tokenizer",
     "samples_in",
+    "vocab_size_of",
 ]

@@ -1,69 +1,129 @@
-"""A corpus: all text of ``data.source`` as one row of tokens, split for training and evaluation.
+"""A corpus: the tokens of all sources of ``data.source``, split for training and evaluation.
 
-Documents follow each other in an order that depends on their contents alone, each with an
-end-of-document token (packing); the last ``data.held_out`` of the tokens are held out. The tokens
-are cached in a folder that may be deleted at any time; nothing in it is believed unchecked.
+In a source of text, documents follow each other in an order that depends on their contents alone,
+each with an end-of-document token (packing); the last ``data.held_out`` of every source's tokens
+are held out. Tokens made here are cached in a folder that may be deleted at any time; nothing in
+it is believed unchecked.
 """
 
 import contextlib
-import fcntl
 import hashlib
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, partial
 from pathlib import Path
 
 import numpy as np
 
-from everstep.trainer.config import DataConfig
-from everstep.trainer.data.documents import (
-    DocumentChangedError,
-    Texts,
-    decode_index,
-    encode_index,
-    identify,
-    read_pieces,
-)
-from everstep.trainer.data.sources import Sources, find_files
-from everstep.trainer.data.stamps import read_record, write_record
-from everstep.trainer.data.token_file import (
-    TokenFile,
-    TokenFileKey,
-    open_token_file,
-    write_token_file,
-)
-from everstep.trainer.data.tokenizer import TokenArray, Tokenizer, open_tokenizer, token_dtype
+from everstep.trainer.config import AUTO, DataConfig
+from everstep.trainer.data.mixture import Mixture
+from everstep.trainer.data.progress_meter import Meter, Progress
+from everstep.trainer.data.sources import Sources, entries_of, find_files
+from everstep.trainer.data.storage import is_url
+from everstep.trainer.data.text_cache import TextCache
+from everstep.trainer.data.token_folder import read_index
+from everstep.trainer.data.token_row import TokenRow, Tokens, arrays_of, part_of
+from everstep.trainer.data.token_source import TokenSource, open_token_source
+from everstep.trainer.data.tokenizer import Tokenizer, open_tokenizer
 from everstep.trainer.errors import DataError
-
-Progress = Callable[[int, int], None]
-"""Called with (bytes done, bytes in all). Text counts twice: to identify it, and to tokenize it."""
 
 _COUNT_AT_ONCE = 2**22
 
 
-@dataclass(frozen=True)
-class Corpus:
-    """Tokens to train on and to evaluate on, and what they were made from."""
+@dataclass(frozen=True, kw_only=True)
+class CorpusPart:
+    """The tokens of one source, and what they were made from."""
 
     name: str
-    """For people: where the text came from."""
-    tokens_train: TokenArray
-    """(N,) mapped read-only; uint8, uint16 or uint32."""
-    tokens_held_out: TokenArray
+    """For people: where they came from."""
+    weight: float = 1.0
+    """Share of the samples, relative to the other parts' weights."""
+    tokens_train: Tokens
+    """(N,) mapped read-only."""
+    tokens_held_out: Tokens
     """(M,) likewise; empty if nothing is held out."""
     digest: str
     """Hex digest of every token, in order, and of the split: what a resumed run must find again."""
     text_digest: str
     """Hex digest of the documents' contents and order."""
+    documents: int | None
+    """None where nothing tells."""
+    text_bytes: int
+    """UTF-8 bytes of all documents; 0 where nothing tells."""
+    skipped: tuple[str, ...] = ()
+    """Files in folders or globs that were left out: unreadable, or not UTF-8 text."""
+    bad_rows: int = 0
+    """Rows that were skipped because they hold no text."""
+    bad_examples: tuple[str, ...] = ()
+    """What is wrong with the first of them."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Corpus:
+    """Tokens to train on and to evaluate on: one part, or a mixture of several."""
+
+    parts: tuple[CorpusPart, ...]
     tokenizer_digest: str
     """Hex digest of the tokenizer."""
-    documents: int
-    text_bytes: int
-    """UTF-8 bytes of all documents."""
-    skipped: tuple[str, ...]
-    """Files in folders or globs that were left out: unreadable, or not UTF-8 text."""
     tokenizer: Tokenizer = field(repr=False)
+
+    @property
+    def name(self) -> str:
+        """For people: where the text came from."""
+        return ", ".join(part.name for part in self.parts)
+
+    @property
+    def tokens_train(self) -> Tokens:
+        """(N,) the training tokens of all parts, one after the other."""
+        return _joined([part.tokens_train for part in self.parts])
+
+    @property
+    def tokens_held_out(self) -> Tokens:
+        """(M,) the held-out tokens of all parts, one after the other."""
+        return _joined([part.tokens_held_out for part in self.parts])
+
+    @property
+    def digest(self) -> str:
+        """Hex digest of every token, in order, of the splits, and of the mixture."""
+        if len(self.parts) == 1:
+            return self.parts[0].digest
+        facts = ["everstep mixture 1", [part.digest for part in self.parts], self.shares]
+        return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
+
+    @property
+    def text_digest(self) -> str:
+        """Hex digest of the documents' contents and order."""
+        if len(self.parts) == 1:
+            return self.parts[0].text_digest
+        return hashlib.sha256("\n".join(p.text_digest for p in self.parts).encode()).hexdigest()
+
+    @property
+    def documents(self) -> int | None:
+        """Documents of all parts; None where one cannot tell."""
+        counts = [part.documents for part in self.parts]
+        known = [count for count in counts if count is not None]
+        return sum(known) if len(known) == len(counts) else None
+
+    @property
+    def text_bytes(self) -> int:
+        """UTF-8 bytes of all documents, as far as they are known."""
+        return sum(part.text_bytes for part in self.parts)
+
+    @property
+    def skipped(self) -> tuple[str, ...]:
+        """Files that were left out: unreadable, or not UTF-8 text."""
+        return tuple(path for part in self.parts for path in part.skipped)
+
+    @property
+    def bad_rows(self) -> int:
+        """Rows that were skipped because they hold no text."""
+        return sum(part.bad_rows for part in self.parts)
+
+    @property
+    def shares(self) -> list[float]:
+        """Share of the samples that comes from each part; their sum is 1."""
+        return Mixture([part.weight for part in self.parts], 0).shares
 
     @property
     def vocab_size(self) -> int:
@@ -81,11 +141,14 @@ class Corpus:
     @cached_property
     def entropy_nats(self) -> float:
         """Unigram entropy of the training tokens: the loss of knowing their frequencies only."""
-        counts = np.zeros(self.vocab_size, dtype=np.int64)
-        for start in range(0, self.tokens_train.size, _COUNT_AT_ONCE):
-            part = self.tokens_train[start : start + _COUNT_AT_ONCE]
-            counts += np.bincount(part, minlength=self.vocab_size)
-        frequencies = counts[counts > 0] / self.tokens_train.size
+        frequencies = np.zeros(self.vocab_size)
+        for part, share in zip(self.parts, self.shares, strict=True):
+            counts = np.zeros(self.vocab_size, dtype=np.int64)
+            for start in range(0, part.tokens_train.size, _COUNT_AT_ONCE):
+                tokens = part.tokens_train[start : start + _COUNT_AT_ONCE]
+                counts += np.bincount(tokens.astype(np.int64), minlength=self.vocab_size)
+            frequencies += share * counts / part.tokens_train.size
+        frequencies = frequencies[frequencies > 0]
         return float(-(frequencies * np.log(frequencies)).sum())
 
 
@@ -101,7 +164,7 @@ def open_corpus(
 
     Any number of processes may do this at once: one works, the others wait for it. Files are read
     again unless the file system says that they are the same as when they were last read (see
-    ``stamps``), so text that changed is noticed.
+    ``stamps`` and ``storage``), so text that changed is noticed.
 
     Args:
         config: Section ``data`` of a run.
@@ -114,12 +177,41 @@ def open_corpus(
         DataError: text or tokenizer are missing, unreadable or too small for one global batch, or
             the cache cannot be written, or has no such tokens and ``build`` is False.
     """
-    tokenizer = open_tokenizer(config.tokenizer)
-    cache = _Cache(cache_dir, partial(find_files, config.source, leave_out), tokenizer, progress)
-    texts, tokens = cache.load_or_build() if build else cache.load()
-    corpus = _split(cache.sources.name, texts, tokenizer, tokens, config.held_out)
+    entries = entries_of(config.source)
+    found = [find_files(entry, leave_out) for entry in entries]
+    meter = Meter(sum(map(_work_bytes, found)), progress)
+    opened = {
+        number: open_token_source(sources, cache_dir, build, meter)
+        for number, sources in enumerate(found)
+        if sources.is_tokens
+    }
+    tokenizer = _choose_tokenizer(config, list(opened.values()))
+    parts = []
+    for number, (entry, sources) in enumerate(zip(entries, found, strict=True)):
+        if number in opened:
+            parts.append(_part_of_tokens(sources, opened[number], tokenizer, config.held_out))
+        else:
+            find = partial(find_files, entry, leave_out)
+            cache = TextCache(cache_dir, sources, find, tokenizer, meter)
+            parts.append(_part_of_text(sources, cache, build, tokenizer, config.held_out))
+    corpus = Corpus(parts=tuple(parts), tokenizer_digest=tokenizer.digest, tokenizer=tokenizer)
     check_training_fits(corpus, config)
     return corpus
+
+
+def vocab_size_of(config: DataConfig) -> int:
+    """Ids of a run's tokenizer, without opening its corpus; 'auto' reads the index of a folder.
+
+    Raises DataError.
+    """
+    if config.tokenizer != AUTO:
+        return open_tokenizer(config.tokenizer).vocab_size
+    for entry in entries_of(config.source):
+        sources = find_files(entry)
+        for file in sources.files:
+            if file.format == "tokens":
+                return read_index(sources.storages, file.path).tokenizer.vocab_size
+    raise _no_tokenizer()
 
 
 def samples_in(tokens: int, seq_len: int) -> int:
@@ -128,174 +220,130 @@ def samples_in(tokens: int, seq_len: int) -> int:
 
 
 def check_training_fits(corpus: Corpus, config: DataConfig) -> None:
-    """Raises DataError if the training tokens do not make one global batch."""
-    if samples_in(corpus.tokens_train.size, config.seq_len) < config.global_batch:
+    """Raises DataError if the training tokens do not make one global batch, or a part no sample."""
+    sizes = [part.tokens_train.size for part in corpus.parts]
+    if sum(samples_in(size, config.seq_len) for size in sizes) < config.global_batch:
         raise DataError(
-            f"the corpus is too small: {corpus.name} has {corpus.tokens_train.size:,} tokens to "
+            f"the corpus is too small: {corpus.name} has {sum(sizes):,} tokens to "
             "train on, and one global batch needs data.global_batch x data.seq_len + 1 = "
             f"{config.global_batch * config.seq_len + 1:,}; add text to data.source, or lower "
             "data.global_batch or data.seq_len"
         )
+    for part, size in zip(corpus.parts, sizes, strict=True):
+        if not samples_in(size, config.seq_len):
+            raise DataError(
+                f"{part.name} has {size:,} tokens to train on, and one sample needs data.seq_len + "
+                f"1 = {config.seq_len + 1:,}; add to it, leave it out, or lower data.seq_len"
+            )
 
 
 def check_held_out_fits(corpus: Corpus, config: DataConfig) -> None:
     """Raises DataError if the held-out tokens do not make one sample: nothing to evaluate on."""
-    size = corpus.tokens_held_out.size
-    if not samples_in(size, config.seq_len):
-        raise DataError(
-            f"evaluation is impossible: data.held_out={config.held_out:g} keeps {size:,} tokens of "
-            f"{corpus.name}, and one sample needs data.seq_len + 1 = {config.seq_len + 1:,}; raise "
-            "data.held_out, add text, lower data.seq_len, or set train.eval_batches=0"
-        )
+    for part in corpus.parts:
+        size = part.tokens_held_out.size
+        if not samples_in(size, config.seq_len):
+            raise DataError(
+                f"evaluation is impossible: data.held_out={config.held_out:g} keeps {size:,} "
+                f"tokens of {part.name}, and one sample needs data.seq_len + 1 = "
+                f"{config.seq_len + 1:,}; raise data.held_out, add text, lower data.seq_len, or "
+                "set train.eval_batches=0"
+            )
 
 
-def _split(
-    name: str, texts: Texts, tokenizer: Tokenizer, file: TokenFile, held_out: float
-) -> Corpus:
+def _choose_tokenizer(config: DataConfig, opened: Sequence[TokenSource]) -> Tokenizer:
+    """The run's tokenizer, which must be that of all folders of tokens."""
+    chosen = None if config.tokenizer == AUTO else open_tokenizer(config.tokenizer)
+    name, way_out = f"data.tokenizer={config.tokenizer}", "set data.tokenizer=auto"
+    for source in opened:
+        if source.tokenizer is None:
+            continue
+        if chosen is None:
+            chosen, name, way_out = source.tokenizer, source.tokenizer_at, "use one of them"
+        elif chosen.digest != source.tokenizer.digest:
+            raise DataError(
+                f"the tokens of '{source.tokenizer_at}' were made with another tokenizer (digest "
+                f"{source.tokenizer.digest[:12]}, {source.tokenizer.vocab_size:,} ids) than {name} "
+                f"(digest {chosen.digest[:12]}, {chosen.vocab_size:,} ids); {way_out}, or make the "
+                "tokens again with everstep data tokenize"
+            )
+    if chosen is None:
+        raise _no_tokenizer()
+    return chosen
+
+
+def _no_tokenizer() -> DataError:
+    return DataError(
+        "data.tokenizer=auto takes the tokenizer of a folder made by everstep data tokenize, and "
+        "data.source has none; name a tokenizer.json, or use 'bytes'"
+    )
+
+
+def _part_of_text(
+    sources: Sources, cache: TextCache, build: bool, tokenizer: Tokenizer, held_out: float
+) -> CorpusPart:
+    texts, file = cache.load_or_build() if build else cache.load()
     n_train = file.tokens.size - int(file.tokens.size * held_out)
     facts = ["everstep corpus 1", file.sha256, file.tokens.dtype.str, file.tokens.size, n_train]
     facts += [tokenizer.vocab_size, tokenizer.eos_id]
-    return Corpus(
-        name=name,
+    counts = file.facts
+    return CorpusPart(
+        name=sources.name,
+        weight=sources.entry.weight,
         tokens_train=file.tokens[:n_train],
         tokens_held_out=file.tokens[n_train:],
         digest=hashlib.sha256(json.dumps(facts).encode()).hexdigest(),
         text_digest=texts.digest,
-        tokenizer_digest=tokenizer.digest,
-        documents=len(texts.documents),
-        text_bytes=texts.size_bytes,
+        documents=counts.get("documents", len(texts.documents)),
+        text_bytes=counts.get("text_bytes", texts.size_bytes),
         skipped=texts.skipped,
-        tokenizer=tokenizer,
+        bad_rows=counts.get("bad_rows", 0),
+        bad_examples=tuple(counts.get("bad_examples", ())),
     )
 
 
-class _Cache:
-    """The cache folder, as one corpus sees it."""
-
-    def __init__(
-        self,
-        folder: Path,
-        find: Callable[[], Sources],
-        tokenizer: Tokenizer,
-        progress: Progress | None,
-    ) -> None:
-        self.sources = find()
-        self._find = find
-        self._folder = folder
-        self._tokenizer = tokenizer
-        self._progress = progress
-        self._tag = hashlib.sha256(self.sources.key.encode()).hexdigest()[:16]
-        self._index_path = folder / f"index-1-{self._tag}"
-
-    def load(self) -> tuple[Texts, TokenFile]:
-        """The texts and their tokens, or DataError if they are not here."""
-        known = decode_index(read_record(self._index_path))
-        texts, _ = identify(self.sources, known, _Meter(self.sources, self._progress).advance)
-        key = self._key(texts)
-        tokens = open_token_file(self._folder / key.name, key)
-        if tokens is None:
-            raise DataError(
-                f"the token cache '{self._folder}' has no intact tokens of {self.sources.name} as "
-                "it is on this host; give all hosts the same text (for stdlib: the same Python), "
-                "or open the corpus with build=True first"
-            )
-        return texts, tokens
-
-    def load_or_build(self) -> tuple[Texts, TokenFile]:
-        """The texts and their tokens, tokenized now if necessary."""
-        with contextlib.suppress(OSError):  # writing will say what is wrong, if it comes to that
-            self._folder.mkdir(parents=True, exist_ok=True)
-        with self._only_one() as alone:
-            if alone:
-                self._remove_leftovers()
-            try:
-                return self._load_or_build(trust_index=True)
-            except DocumentChangedError:
-                # Changed this minute, or the file system deceived us: begin afresh.
-                self.sources = self._find()
-            try:
-                return self._load_or_build(trust_index=False)
-            except DocumentChangedError as error:
-                raise DataError(
-                    f"data.source: '{error.path}' changes while it is being read; start again when "
-                    "nothing writes to it, or leave it out"
-                ) from error
-
-    def _load_or_build(self, trust_index: bool) -> tuple[Texts, TokenFile]:
-        meter = _Meter(self.sources, self._progress)
-        known = decode_index(read_record(self._index_path)) if trust_index else {}
-        texts, index = identify(self.sources, known, meter.advance)
-        if index != known:
-            write_record(self._index_path, encode_index(index))
-        key = self._key(texts)
-        path = self._folder / key.name
-        tokens = open_token_file(path, key)
-        if tokens is None:
-            self._build(path, key, texts, meter)
-            tokens = open_token_file(path, key)
-        if tokens is None:
-            raise DataError(
-                f"the token cache '{path}' does not read back as it was written: check the disk, "
-                "or delete the folder to have it built again"
-            )
-        return texts, tokens
-
-    def _build(self, path: Path, key: TokenFileKey, texts: Texts, meter: "_Meter") -> None:
-        dtype = token_dtype(self._tokenizer.vocab_size)
-        arrays = self._tokenizer.tokenize(read_pieces(texts.documents, meter.advance))
-        try:
-            write_token_file(path, key, dtype, arrays, self._tag)
-        except OSError as error:
-            raise DataError(
-                f"cannot write the token cache in '{self._folder}': {error.strerror}; make room or "
-                f"permission there (about {texts.size_bytes * dtype.itemsize:,} bytes at most)"
-            ) from error
-        meter.finish()
-
-    def _key(self, texts: Texts) -> TokenFileKey:
-        return TokenFileKey(texts.digest, self._tokenizer.digest)
-
-    @contextlib.contextmanager
-    def _only_one(self) -> Iterator[bool]:
-        """Lets one process at a time work on these sources; a dead one's lock is free again.
-
-        Yields False where locks do not work (some network file systems, read-only folders): all is
-        correct without, only done more than once.
-        """
-        with contextlib.ExitStack() as stack:
-            alone = False
-            with contextlib.suppress(OSError):
-                file = stack.enter_context((self._folder / f"lock-{self._tag}").open("wb"))
-                fcntl.flock(file, fcntl.LOCK_EX)
-                alone = True
-            yield alone
-
-    def _remove_leftovers(self) -> None:
-        """Deletes what a killed process left; the lock says that nobody is writing it now."""
-        for path in self._folder.glob(f"*.{self._tag}.*.tmp"):
-            path.unlink(missing_ok=True)
+def _part_of_tokens(
+    sources: Sources, found: TokenSource, tokenizer: Tokenizer, held_out: float
+) -> CorpusPart:
+    size = found.tokens.size
+    if found.largest_id >= tokenizer.vocab_size:
+        raise DataError(
+            f"data.source: {sources.name} holds the token {found.largest_id:,}, and the tokenizer "
+            f"has {tokenizer.vocab_size:,} ids only; set data.tokenizer to the one that made it"
+        )
+    n_train = size - int(size * held_out)
+    facts = ["everstep token corpus 1", found.digest, size, n_train]
+    facts += [tokenizer.vocab_size, tokenizer.eos_id]
+    return CorpusPart(
+        name=sources.name,
+        weight=sources.entry.weight,
+        tokens_train=part_of(found.tokens, 0, n_train),
+        tokens_held_out=part_of(found.tokens, n_train, size),
+        digest=hashlib.sha256(json.dumps(facts).encode()).hexdigest(),
+        text_digest=found.digest,
+        documents=found.documents,
+        text_bytes=found.text_bytes,
+        bad_rows=found.bad_rows,
+    )
 
 
-class _Meter:
-    """Counts bytes for a progress display."""
-
-    def __init__(self, sources: Sources, progress: Progress | None) -> None:
-        self._progress = progress
-        self._total = 2 * sum(_size_bytes(file.path) for file in sources.files)
-        self._done = 0
-
-    def advance(self, size_bytes: int, was_read: bool) -> None:
-        self._done = min(self._done + size_bytes, self._total)
-        if was_read and self._progress is not None:
-            self._progress(self._done, self._total)
-
-    def finish(self) -> None:
-        if self._progress is not None:
-            self._progress(self._total, self._total)
+def _work_bytes(sources: Sources) -> int:
+    """Bytes to read at most: text is read twice, tokens once, and twice where they are fetched."""
+    total = 0
+    for file in sources.files:
+        if file.format == "tokens":
+            index = read_index(sources.storages, file.path)
+            size_bytes = sum(map(index.shard_bytes, index.shards))
+        else:
+            size_bytes = sum(_size_bytes(sources, p) for p in file.members or (file.path,))
+        total += size_bytes * (1 if sources.is_tokens and not is_url(file.path) else 2)
+    return total
 
 
-def _size_bytes(path: str) -> int:
-    try:
-        return Path(path).stat().st_size
-    except OSError:
-        return 0
+def _size_bytes(sources: Sources, path: str) -> int:
+    with contextlib.suppress(OSError):  # whoever reads it will say what is wrong
+        return sources.storages.of(path).size_bytes(path) or 0
+    return 0
+
+
+def _joined(rows: Sequence[Tokens]) -> Tokens:
+    return rows[0] if len(rows) == 1 else TokenRow([a for row in rows for a in arrays_of(row)])

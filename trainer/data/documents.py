@@ -1,24 +1,27 @@
-"""Documents of a corpus: which files are text, in which order, and their text in pieces.
+"""Documents of a corpus: which files hold them, in which order, and their text in pieces.
 
-The order is that of a keyed hash of the contents: arbitrary, yet the same wherever the same text
-lies under whatever names, on every file system and machine.
+A text file is one document; rows of other files are one each, in the order of the file. The order
+of the files is that of a keyed hash of their contents: arbitrary, yet the same wherever the same
+files lie under whatever names, on every file system and machine.
 """
 
 import codecs
 import hashlib
-import time
+import io
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, field, replace
+from typing import IO, Any
 
-from everstep.trainer.data.sources import SourceFile, Sources
-from everstep.trainer.data.stamps import FileStamp
+from everstep.trainer.data.rows import Row, hf_rows, jsonl_rows, parquet_rows
+from everstep.trainer.data.sources import FileFormat, SourceFile, Sources
+from everstep.trainer.data.storage import StampFacts, Storage, is_url
 from everstep.trainer.errors import DataError
 
 PIECE_BYTES = 2**20
 """Documents are read, and cut for the tokenizer, in pieces of about this many bytes."""
 
 _ORDER_KEY = b"everstep document order 1\0"
+_SKIPPED_SHOWN = 3
 
 
 @dataclass(frozen=True)
@@ -31,17 +34,21 @@ class Piece:
 
 @dataclass(frozen=True)
 class Document:
-    """A text file with at least one byte."""
+    """A text file with at least one byte, or a file or folder of rows."""
 
     path: str
     size_bytes: int
     digest: str
     """Hex keyed hash of the contents; also the sort key."""
+    format: FileFormat = "text"
+    stamps: tuple[StampFacts | None, ...] = field(default=(), compare=False)
+    """Of each of its files when it was identified, where reading them does not show changes."""
+    source: SourceFile = field(default=SourceFile("", True), compare=False, repr=False)
 
 
 @dataclass(frozen=True)
 class Texts:
-    """All text of a corpus."""
+    """All text of a source."""
 
     documents: tuple[Document, ...]
     """In corpus order; equal documents stay, side by side."""
@@ -52,17 +59,30 @@ class Texts:
 
     @property
     def size_bytes(self) -> int:
-        """UTF-8 bytes of all documents."""
+        """Bytes of all files; for text files those of their text."""
         return sum(document.size_bytes for document in self.documents)
+
+
+@dataclass
+class Tally:
+    """Counts of what ``read_pieces`` has handed out."""
+
+    documents: int = 0
+    text_bytes: int = 0
+    bad_rows: int = 0
+    bad_examples: list[str] = field(default_factory=list)
+    """What is wrong with the first bad rows, and where they are."""
 
 
 @dataclass(frozen=True)
 class Known:
     """What reading a file told about it."""
 
-    stamp: FileStamp
+    stamp: StampFacts | None
+    """None: nothing tells whether it has changed since."""
     digest: str | None
     """Of its contents; None: not text."""
+    size_bytes: int
 
 
 Index = dict[str, Known]
@@ -84,8 +104,12 @@ class _NotTextError(Exception):
     """The file is no UTF-8 text; says where."""
 
 
-def identify(sources: Sources, known: Index, advance: Advance) -> tuple[Texts, Index]:
+def identify(
+    sources: Sources, known: Index, advance: Advance, recheck: bool = True
+) -> tuple[Texts, Index]:
     """Reads every file that ``known`` does not vouch for; finds the documents and their order.
+
+    Without ``recheck``, remote files are taken for what ``known`` says without being asked.
 
     Returns:
         The texts, and the index to know next time.
@@ -97,13 +121,19 @@ def identify(sources: Sources, known: Index, advance: Advance) -> tuple[Texts, I
     skipped: list[str] = []
     index: Index = {}
     for file in sources.files:
-        entry, trusted = _identify_file(file, known.get(file.path), advance)
-        if entry is None or entry.digest is None:
+        entries = []
+        for path in file.members or (file.path,):
+            entry, trusted = _identify_file(sources, file, path, known.get(path), advance, recheck)
+            entries.append(entry)
+            if entry is not None and trusted:
+                index[path] = entry
+            elif entry is not None and is_url(path):  # for those who do not check again
+                index[path] = replace(entry, stamp=None)
+        document = _document(file, entries)
+        if document is None:
             skipped.append(file.path)
-        elif entry.stamp.size_bytes:
-            documents.append(Document(file.path, entry.stamp.size_bytes, entry.digest))
-        if entry is not None and trusted:
-            index[file.path] = entry
+        elif document.size_bytes:
+            documents.append(document)
     if not documents:
         raise DataError(
             f"data.source: no text in {sources.name} ({len(sources.files)} files found, "
@@ -111,12 +141,17 @@ def identify(sources: Sources, known: Index, advance: Advance) -> tuple[Texts, I
             "files"
         )
     documents.sort(key=lambda document: (document.digest, document.path))
-    everything = "\n".join(document.digest for document in documents)
+    how = f"{sources.entry.text_key}\0{sources.entry.on_bad_rows}"
+    everything = "\n".join(
+        d.digest if d.format == "text" else f"{d.format}\0{how}\0{d.digest}" for d in documents
+    )
     digest = hashlib.sha256(everything.encode()).hexdigest()
     return Texts(tuple(documents), tuple(skipped), digest), index
 
 
-def read_pieces(documents: Iterable[Document], advance: Advance) -> Iterator[Piece]:
+def read_pieces(
+    sources: Sources, documents: Iterable[Document], advance: Advance, tally: Tally
+) -> Iterator[Piece]:
     """The text of all documents, in order, in pieces that end at line ends where there are any.
 
     Where a piece ends depends on the contents alone, so a tokenizer sees the same pieces always.
@@ -124,99 +159,273 @@ def read_pieces(documents: Iterable[Document], advance: Advance) -> Iterator[Pie
     Raises:
         DocumentChangedError: a file is gone or has other contents than its digest says; possibly
             after some of its pieces were handed out.
+        DataError: a row holds no text, and such rows are not to be skipped.
     """
     for document in documents:
         try:
-            yield from _pieces_of(document, advance)
+            if document.format == "text":
+                storage = sources.storages.of(document.path)
+                yield from _count(_pieces_of_text(storage, document, advance), tally)
+            else:
+                rows = _rows_of(sources, document, advance)
+                skip = sources.entry.on_bad_rows == "skip"
+                yield from pieces_of_rows(rows, document.path, skip, tally)
         except OSError as error:
             raise DocumentChangedError(document.path) from error
 
 
+def pieces_of_rows(rows: Iterable[Row], path: str, skip_bad: bool, tally: Tally) -> Iterator[Piece]:
+    """Each row a document; empty ones are none, bad ones are an error or skipped and counted."""
+    for row in rows:
+        if row.problem:
+            told = f"'{path}', {row.place}: the row {row.problem}"
+            if not skip_bad:
+                raise DataError(
+                    f"data.source: {told}; correct it, set text_key to the field that holds the "
+                    "text, or set on_bad_rows: skip"
+                )
+            tally.bad_rows += 1
+            if len(tally.bad_examples) < _SKIPPED_SHOWN:
+                tally.bad_examples.append(told)
+        elif row.text:
+            yield from _count(_cut(row.text), tally)
+
+
+def pieces_of_file(file: IO[bytes]) -> Iterator[Piece]:
+    """The text of an open file that is known to be text, as one document. Raises OSError."""
+    held = b""
+    while chunk := file.read(PIECE_BYTES):
+        text = held + chunk
+        if len(text) > PIECE_BYTES:
+            cut = _last_cut(text)
+            yield Piece(text[:cut], ends_document=False)
+            text = text[cut:]
+        held = text
+    if held:
+        yield Piece(held, ends_document=True)
+
+
+def why_not_text(storage: Storage, path: str) -> str:
+    """What makes a file no UTF-8 text, empty if it is; reads all of it. Raises OSError."""
+    try:
+        _hash_file(path, storage, must_be_text=True)
+    except _NotTextError as error:
+        return str(error)
+    return ""
+
+
 def encode_index(index: Index) -> Any:
     """JSON-able form of an index."""
-    return {
-        path: [k.stamp.size_bytes, k.stamp.mtime_ns, k.stamp.ctime_ns, k.stamp.inode, k.digest]
-        for path, k in index.items()
-    }
+    return {path: [k.stamp, k.size_bytes, k.digest] for path, k in index.items()}
 
 
 def decode_index(record: Any) -> Index:
     """The inverse of ``encode_index``; None, for a missing record, is an empty index."""
-    return {path: Known(FileStamp(*entry[:4]), entry[4]) for path, entry in (record or {}).items()}
+    return {
+        path: Known(stamp, digest, size_bytes)
+        for path, (stamp, size_bytes, digest) in (record or {}).items()
+    }
+
+
+def _document(file: SourceFile, entries: list[Known | None]) -> Document | None:
+    """What the files of ``file`` make; None if one is unreadable or not text."""
+    found = [entry for entry in entries if entry is not None and entry.digest is not None]
+    if len(found) != len(entries):
+        return None
+    size_bytes = sum(entry.size_bytes for entry in found)
+    digest = str(found[0].digest)
+    if file.members:
+        names = [path.removeprefix(file.path) for path in file.members]
+        facts = [f"{name} {entry.digest}" for name, entry in zip(names, found, strict=True)]
+        digest = hashlib.sha256(_ORDER_KEY + "\n".join(facts).encode()).hexdigest()
+    stamps = tuple(entry.stamp for entry in found)
+    return Document(file.path, size_bytes, digest, file.format, stamps, file)
 
 
 def _identify_file(
-    file: SourceFile, known: Known | None, advance: Advance
+    sources: Sources,
+    file: SourceFile,
+    path: str,
+    known: Known | None,
+    advance: Advance,
+    recheck: bool,
 ) -> tuple[Known | None, bool]:
-    """What the file is, None if it cannot be read, and whether that may be trusted next time."""
-    now_ns = time.time_ns()
+    """What a file is, None if it cannot be read, and whether that may be trusted next time."""
+    storage = sources.storages.of(path)
+    if known is not None and not recheck and is_url(path):
+        return known, True
     try:
-        stamp = FileStamp.of(file.path)
+        stamp, trusted = storage.stamp(path)
         if known is not None and known.stamp == stamp and (known.digest or not file.named):
-            advance(stamp.size_bytes, False)
+            advance(known.size_bytes, False)
             return known, True
-        digest, size_bytes = _hash_text(file.path)
-        after = FileStamp.of(file.path)
+        digest, size_bytes = _hash_file(path, storage, must_be_text=file.format == "text")
+        after, _ = storage.stamp(path)
     except _NotTextError as error:
-        advance(stamp.size_bytes, True)
+        size_bytes = storage.size_bytes(path) or 0
+        advance(size_bytes, True)
         if file.named:
             raise DataError(
-                f"data.source: '{file.path}' is not UTF-8 text ({error}); convert it (for example "
+                f"data.source: '{path}' is not UTF-8 text ({error}); convert it (for example "
                 "with iconv) or leave it out"
             ) from error
-        return Known(stamp, None), stamp.settled(now_ns)
+        return Known(stamp, None, size_bytes), trusted
     except OSError as error:
         if file.named:
             raise DataError(
-                f"data.source: cannot read '{file.path}': {error.strerror}; make it readable or "
+                f"data.source: cannot read '{path}': {error.strerror}; make it readable or "
                 "leave it out"
             ) from error
         return None, False
-    advance(stamp.size_bytes, True)
-    read = FileStamp(size_bytes, stamp.mtime_ns, stamp.ctime_ns, stamp.inode)
-    return Known(read, digest), read == after and stamp.settled(now_ns)
+    advance(size_bytes, True)
+    unchanged = stamp == after and stamp[0] in (None, size_bytes)
+    return Known(stamp, digest, size_bytes), trusted and unchanged
 
 
-def _hash_text(path: str) -> tuple[str, int]:
+def _hash_file(path: str, storage: Storage, must_be_text: bool) -> tuple[str, int]:
     """Hex keyed hash and size in bytes; raises OSError or _NotTextError."""
     hasher = hashlib.sha256(_ORDER_KEY)
     decoder = codecs.getincrementaldecoder("utf-8")()
     size_bytes = 0
-    with open(path, "rb") as file:
+    with storage.open(path) as file:
         while True:
             chunk = file.read(PIECE_BYTES)
-            undecoded = len(decoder.getstate()[0])
-            try:
-                decoder.decode(chunk, final=not chunk)
-            except UnicodeDecodeError as error:
-                position = size_bytes - undecoded + error.start
-                raise _NotTextError(f"invalid at byte {position}") from error
-            if b"\0" in chunk:
-                raise _NotTextError(f"a zero byte at byte {size_bytes + chunk.index(0)}")
+            if must_be_text:
+                _check_text(decoder, chunk, size_bytes)
             if not chunk:
                 return hasher.hexdigest(), size_bytes
             hasher.update(chunk)
             size_bytes += len(chunk)
 
 
-def _pieces_of(document: Document, advance: Advance) -> Iterator[Piece]:
-    hasher = hashlib.sha256(_ORDER_KEY)
-    held = b""
-    with open(document.path, "rb") as file:
-        while chunk := file.read(PIECE_BYTES):
-            if file.tell() > document.size_bytes:  # it grows, perhaps without end
-                break
-            hasher.update(chunk)
-            text = held + chunk
-            if len(text) > PIECE_BYTES:
-                cut = _last_cut(text)
-                yield Piece(text[:cut], ends_document=False)
-                text = text[cut:]
-            held = text
-            advance(len(chunk), True)
-    if hasher.hexdigest() != document.digest:
+def _check_text(decoder: codecs.IncrementalDecoder, chunk: bytes, before_bytes: int) -> None:
+    undecoded = len(decoder.getstate()[0])
+    try:
+        decoder.decode(chunk, final=not chunk)
+    except UnicodeDecodeError as error:
+        position = before_bytes - undecoded + error.start
+        raise _NotTextError(f"invalid at byte {position}") from error
+    if b"\0" in chunk:
+        raise _NotTextError(f"a zero byte at byte {before_bytes + chunk.index(0)}")
+
+
+def _pieces_of_text(storage: Storage, document: Document, advance: Advance) -> Iterator[Piece]:
+    last: Piece | None = None  # handed out only when the whole file was what it was
+    with storage.open(document.path) as file:
+        hashing = _HashingFile(file, document.size_bytes, advance)
+        for piece in pieces_of_file(io.BufferedReader(hashing, PIECE_BYTES)):
+            if last is not None:
+                yield last
+            last = piece
+    if last is None or hashing.digest != document.digest:
         raise DocumentChangedError(document.path)
-    yield Piece(held, ends_document=True)
+    yield last
+
+
+def _rows_of(sources: Sources, document: Document, advance: Advance) -> Iterator[Row]:
+    """The rows of a file or folder; at the end it is certain that they were those identified."""
+    storage = sources.storages.of(document.path)
+    text_key = sources.entry.text_key
+    if document.format == "jsonl":
+        with storage.open(document.path) as file:
+            hashing = _HashingFile(file, document.size_bytes, advance)
+            yield from jsonl_rows(io.BufferedReader(hashing, PIECE_BYTES), document.path, text_key)
+            hashing.read_rest()
+        if hashing.digest != document.digest:
+            raise DocumentChangedError(document.path)
+        return
+    told = 0
+
+    def done(fraction: float) -> None:
+        nonlocal told
+        before, told = told, int(fraction * document.size_bytes)
+        advance(told - before, True)
+
+    if document.format == "parquet":
+        with storage.open(document.path, seek=True) as file:
+            yield from parquet_rows(file, document.path, text_key, done)
+    else:
+        yield from hf_rows(document.path, sources.entry.storage_options, text_key, done)
+    _check_unchanged(sources, document)
+
+
+def _check_unchanged(sources: Sources, document: Document) -> None:
+    """Raises DocumentChangedError unless the files are still those that were identified."""
+    index = {}
+    for path, stamp in zip(
+        document.source.members or (document.path,), document.stamps, strict=True
+    ):
+        now, trusted = sources.storages.of(path).stamp(path)
+        if now != stamp:
+            raise DocumentChangedError(document.path)
+        if trusted:
+            index[path] = Known(stamp, "", 0)
+    if len(index) == len(document.stamps):
+        return
+    file = document.source
+    entries = [
+        _identify_file(sources, file, path, None, _unnoticed, recheck=True)
+        for path in file.members or (file.path,)
+    ]
+    again = _document(file, [entry for entry, _ in entries])
+    if again is None or again.digest != document.digest:
+        raise DocumentChangedError(document.path)
+
+
+def _unnoticed(size_bytes: int, was_read: bool) -> None:
+    """Counted already."""
+
+
+class _HashingFile(io.RawIOBase):
+    """Reads another file, no further than a little after its size, and hashes what it reads."""
+
+    def __init__(self, file: IO[bytes], size_bytes: int, advance: Advance) -> None:
+        self._file = file
+        self._left_bytes = size_bytes + 1  # it may grow, perhaps without end
+        self._advance = advance
+        self._hasher = hashlib.sha256(_ORDER_KEY)
+
+    @property
+    def digest(self) -> str:
+        """Hex digest of what was read."""
+        return self._hasher.hexdigest()
+
+    def read_rest(self) -> None:
+        """Reads what a decompressor did not need; works on a closed object, too."""
+        while self._next(PIECE_BYTES):
+            pass
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        data = self._next(len(buffer))
+        buffer[: len(data)] = data
+        return len(data)
+
+    def _next(self, most_bytes: int) -> bytes:
+        data = self._file.read(min(most_bytes, PIECE_BYTES, self._left_bytes))
+        self._left_bytes -= len(data)
+        self._hasher.update(data)
+        self._advance(len(data), True)
+        return data
+
+
+def _count(pieces: Iterable[Piece], tally: Tally) -> Iterator[Piece]:
+    for piece in pieces:
+        tally.text_bytes += len(piece.text)
+        tally.documents += piece.ends_document
+        yield piece
+
+
+def _cut(text: bytes) -> Iterator[Piece]:
+    """The pieces of a document that is in memory."""
+    start = 0
+    while len(text) - start > PIECE_BYTES:
+        after = start + _last_cut(text[start : start + PIECE_BYTES + 1])
+        yield Piece(text[start:after], ends_document=False)
+        start = after
+    yield Piece(text[start:], ends_document=True)
 
 
 def _last_cut(text: bytes) -> int:

@@ -36,6 +36,10 @@ class FileStamp:
         status = os.stat(path)
         return cls(status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino)
 
+    def facts(self) -> list[Any]:
+        """The stamp as JSON has it."""
+        return [self.size_bytes, self.mtime_ns, self.ctime_ns, self.inode]
+
     def settled(self, now_ns: int) -> bool:
         """Whether a write after ``now_ns`` (Unix time) is certain to change this stamp."""
         return max(self.mtime_ns, self.ctime_ns) < now_ns - YOUNG_NS

@@ -1,11 +1,13 @@
 """Batches as a pure function of the global sample index, whatever the number of ranks.
 
 Sample ``s`` of a run belongs to epoch ``s // samples_per_epoch``; which part of the text it is, a
-keyed permutation of that epoch says. A global batch is ``global_batch`` consecutive samples, and
-every rank takes its block of them. So the only state is how many samples have been consumed.
+keyed permutation of that epoch says. In a mixture, ``mixture.Mixture`` first says which source a
+sample is of, and which of that source's samples; each source has epochs of its own. A global batch
+is ``global_batch`` consecutive samples, and every rank takes its block of them. So the only state
+is how many samples have been consumed.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,12 +17,14 @@ import numpy.typing as npt
 from everstep.trainer.config import DataConfig
 from everstep.trainer.data.corpus import (
     Corpus,
+    CorpusPart,
     check_held_out_fits,
     check_training_fits,
     samples_in,
 )
+from everstep.trainer.data.mixture import Mixture, seed_of_source
 from everstep.trainer.data.permutation import permute
-from everstep.trainer.data.tokenizer import TokenArray
+from everstep.trainer.data.token_row import Tokens
 from everstep.trainer.errors import DataError
 from everstep.trainer.mesh_shape import plan_batches
 
@@ -45,7 +49,7 @@ class SampleStream:
     ``seq_len`` + 1 tokens long, its last token being the first of the next one.
     """
 
-    def __init__(self, tokens: TokenArray, seq_len: int, seed: int) -> None:
+    def __init__(self, tokens: Tokens, seq_len: int, seed: int) -> None:
         self.samples_per_epoch = samples_in(tokens.size, seq_len)
         if not self.samples_per_epoch:
             raise DataError(
@@ -74,7 +78,31 @@ class SampleStream:
         return cut_windows(self._tokens, self.windows(sample_indices), self._seq_len)
 
 
-def cut_windows(tokens: TokenArray, windows: Int64s, seq_len: int) -> Int64s:
+class MixedSamples:
+    """The samples of several parts of a corpus, in proportion to their weights."""
+
+    def __init__(self, parts: Sequence[CorpusPart], seq_len: int, seed: int) -> None:
+        self._mixture = Mixture([part.weight for part in parts], seed)
+        self._seq_len = seq_len
+        self._streams = [
+            SampleStream(part.tokens_train, seq_len, seed_of_source(seed, number))
+            for number, part in enumerate(parts)
+        ]
+        self.samples_per_epoch = sum(stream.samples_per_epoch for stream in self._streams)
+        """Samples of all parts: parts go round at paces of their own, this often on average."""
+
+    def batch(self, sample_indices: Int64s) -> Int64s:
+        """(B, seq_len + 1) tokens of (B,) global sample indices."""
+        result = np.empty((sample_indices.size, self._seq_len + 1), dtype=np.int64)
+        sources, indices = self._mixture.choose(sample_indices)
+        for number, stream in enumerate(self._streams):
+            rows = np.flatnonzero(sources == number)
+            if rows.size:
+                result[rows] = stream.batch(indices[rows])
+        return result
+
+
+def cut_windows(tokens: Tokens, windows: Int64s, seq_len: int) -> Int64s:
     """(B, seq_len + 1): ``tokens`` from ``windows[b] * seq_len`` on."""
     result = np.empty((windows.size, seq_len + 1), dtype=np.int64)
     for row, window in zip(result, windows.tolist(), strict=True):
@@ -101,9 +129,13 @@ class TrainStream:
     ) -> None:
         check_training_fits(corpus, data)
         self._share = _Share(data, dp_rank, dp_size)
-        self._samples = SampleStream(corpus.tokens_train, data.seq_len, seed)
+        self._samples = (
+            SampleStream(corpus.tokens_train, data.seq_len, seed)
+            if len(corpus.parts) == 1
+            else MixedSamples(corpus.parts, data.seq_len, seed)
+        )
         self._global_batch = data.global_batch
-        self._origin = {
+        self._origin: dict[str, Any] = {
             "seed": seed,
             "seq_len": data.seq_len,
             "digest": corpus.digest,
@@ -113,18 +145,31 @@ class TrainStream:
             "tokenizer_digest": corpus.tokenizer_digest,
             "held_out": data.held_out,
         }
+        if len(corpus.parts) > 1:
+            self._origin["sources"] = [
+                {
+                    "name": p.name,
+                    "weight": p.weight,
+                    "digest": p.digest,
+                    "text_digest": p.text_digest,
+                }
+                for p in corpus.parts
+            ]
         self.position = 0
         """Global samples consumed: the batches handed out count, those in preparation do not."""
 
     @property
     def samples_per_epoch(self) -> int:
-        """Global samples after which the text begins again in another order."""
+        """Global samples after which the text begins again in another order.
+
+        In a mixture: after which the parts have done so once on average.
+        """
         return self._samples.samples_per_epoch
 
     @property
     def epoch(self) -> int:
         """The epoch of the next sample, from 0."""
-        return self._samples.epoch(self.position)
+        return self.position // self.samples_per_epoch
 
     def __iter__(self) -> Iterator[list[MicroBatch]]:
         return self
@@ -134,12 +179,19 @@ class TrainStream:
 
     def next_step(self) -> list[MicroBatch]:
         """This rank's micro batches of the next global batch; advances by that global batch."""
-        batches = []
-        for indices in self._share.of(self.position):
-            tokens = self._samples.batch(indices)
-            batches.append(_micro_batch(tokens, indices))
+        batches = self.step_at(self.position)
         self.position += self._global_batch
         return batches
+
+    def step_at(self, position: int) -> list[MicroBatch]:
+        """This rank's micro batches of the global batch that begins with sample ``position``.
+
+        A pure function of the position: any thread may call it, in any order.
+        """
+        return [
+            _micro_batch(self._samples.batch(indices), indices)
+            for indices in self._share.of(position)
+        ]
 
     def state_dict(self) -> dict[str, Any]:
         """JSON-able position, and what it is a position in."""
@@ -175,6 +227,8 @@ def explain_difference(saved: Mapping[str, Any], here: Mapping[str, Any]) -> str
             )
     if saved.get("digest") == here["digest"]:
         return None
+    if (mixing := _explain_mixture(saved.get("sources"), here.get("sources"))) is not None:
+        return mixing
     if saved.get("text_digest") != here["text_digest"]:
         what = (
             f"the text is not the one that this run began with: {saved.get('text')} then (digest "
@@ -205,6 +259,42 @@ def explain_difference(saved: Mapping[str, Any], here: Mapping[str, Any]) -> str
     return f"{what}; {out}, or train in a new run directory"
 
 
+def _explain_mixture(saved: Any, here: Any) -> str | None:
+    """How one list of sources differs from another; None if neither is a mixture, or they agree."""
+    saved, here = saved or [], here or []
+    if len(saved) != len(here):
+        return (
+            f"this run began with {_sources(saved)} in data.source and has {_sources(here)} now, "
+            "so the data would not go on where it stopped; restore the list, or train in a "
+            "new run directory"
+        )
+    for number, (before, now) in enumerate(zip(saved, here, strict=True)):
+        name = f"data.source[{number}] ({now['name']})"
+        if before["text_digest"] != now["text_digest"]:
+            return (
+                f"{name} is not the source that this run began with: {before['name']} then (digest "
+                f"{_short(before['text_digest'])}), {now['name']} now (digest "
+                f"{_short(now['text_digest'])}); restore the original data and order of the list, "
+                "or train in a new run directory"
+            )
+    weights = [source["weight"] for source in saved], [source["weight"] for source in here]
+    if weights[0] != weights[1]:
+        return (
+            f"the weights of data.source were {_numbers(weights[0])} when this run began and are "
+            f"{_numbers(weights[1])} now, so the data would not go on where it stopped; set them "
+            "back, or train in a new run directory"
+        )
+    return None
+
+
+def _sources(sources: Sequence[Any]) -> str:
+    return f"a mixture of {len(sources)} sources" if sources else "one source"
+
+
+def _numbers(values: Sequence[Any]) -> str:
+    return ", ".join(f"{value:g}" for value in values)
+
+
 def held_out_batches(
     corpus: Corpus, data: DataConfig, n_batches: int, dp_rank: int, dp_size: int
 ) -> Iterator[MicroBatch]:
@@ -212,24 +302,44 @@ def held_out_batches(
 
     ``n_batches`` global batches are spread evenly over the held-out tokens, fewer if those do not
     make as many. If they do not even make one, its samples repeat, so that every rank has work.
+    The parts of a mixture have as many samples in it as their weights say.
 
     Raises:
         DataError: at the call, if nothing is held out, or less than one sample.
     """
     check_held_out_fits(corpus, data)
-    share = _Share(data, dp_rank, dp_size)
-    available = samples_in(corpus.tokens_held_out.size, data.seq_len)
-    n_batches = min(n_batches, max(1, available // data.global_batch))
+    own = _Share(data, dp_rank, dp_size)
+    mixture = Mixture([part.weight for part in corpus.parts], 0)
+    available = [samples_in(part.tokens_held_out.size, data.seq_len) for part in corpus.parts]
+    enough = min(
+        int(samples / share) for samples, share in zip(available, mixture.shares, strict=True)
+    )
+    n_batches = min(n_batches, max(1, enough // data.global_batch))
     total = n_batches * data.global_batch
+    ends = np.cumsum(mixture.quotas(total))
 
     def batches() -> Iterator[MicroBatch]:
         for start in range(0, total, data.global_batch):
-            for indices in share.of(start):
-                windows = indices * available // total
-                tokens = cut_windows(corpus.tokens_held_out, windows, data.seq_len)
+            for indices in own.of(start):
+                tokens = _held_out_rows(corpus, data.seq_len, indices, ends, available)
                 yield _micro_batch(tokens, indices)
 
     return batches()
+
+
+def _held_out_rows(
+    corpus: Corpus, seq_len: int, indices_B: Int64s, ends_S: Int64s, available: Sequence[int]
+) -> Int64s:
+    """(B, seq_len + 1) tokens; the samples before ``ends_S[s]`` are of part s or before."""
+    result = np.empty((indices_B.size, seq_len + 1), dtype=np.int64)
+    parts_B = np.searchsorted(ends_S, indices_B, side="right")
+    for number, part in enumerate(corpus.parts):
+        rows = np.flatnonzero(parts_B == number)
+        if rows.size:
+            first, after = (int(ends_S[number - 1]) if number else 0), int(ends_S[number])
+            windows = (indices_B[rows] - first) * available[number] // (after - first)
+            result[rows] = cut_windows(part.tokens_held_out, windows, seq_len)
+    return result
 
 
 class _Share:

@@ -9,7 +9,7 @@ again.
 
 import hashlib
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,7 @@ from everstep.trainer.data.stamps import (
     unseal,
     write_record,
 )
-from everstep.trainer.data.tokenizer import TokenArray
+from everstep.trainer.data.token_row import TokenArray
 
 HEADER_BYTES = 4096
 """A page, so that mapped tokens are aligned."""
@@ -54,16 +54,24 @@ class TokenFile:
     """(N,)"""
     sha256: str
     """Hex digest of the tokens' bytes."""
+    facts: dict[str, Any]
+    """What the writer of the file said about the text; empty in files of text alone."""
 
 
 def write_token_file(
-    path: Path, key: TokenFileKey, dtype: np.dtype[Any], arrays: Iterable[TokenArray], tag: str
+    path: Path,
+    key: TokenFileKey,
+    dtype: np.dtype[Any],
+    arrays: Iterable[TokenArray],
+    tag: str,
+    facts: Callable[[], dict[str, Any]] = dict,
 ) -> None:
     """Writes ``arrays``, one after the other, as the tokens of ``key``.
 
     Args:
         path: Replaced if it exists.
         tag: Part of the temporary file's name.
+        facts: Asked after the last array; JSON-able.
 
     Raises:
         OSError: the file cannot be written; nothing is left behind.
@@ -84,6 +92,8 @@ def write_token_file(
             "sha256": hasher.hexdigest(),
             "key": asdict(key),
         }
+        if said := facts():
+            header["facts"] = said
         file.seek(0)
         file.write((_MAGIC + seal(header)).ljust(HEADER_BYTES))
 
@@ -98,7 +108,7 @@ def open_token_file(path: Path, key: TokenFileKey) -> TokenFile | None:
         mapped = np.memmap(path, dtype, mode="r", offset=HEADER_BYTES, shape=(header["tokens"],))
     except OSError:
         return None
-    return TokenFile(np.asarray(mapped), header["sha256"])
+    return TokenFile(np.asarray(mapped), header["sha256"], header.get("facts", {}))
 
 
 def _read_header(path: Path, key: TokenFileKey) -> dict[str, Any] | None:

@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
-import numpy.typing as npt
 
 from everstep.trainer.data.documents import Piece
+from everstep.trainer.data.token_row import TokenArray
 from everstep.trainer.errors import DataError
 
 if TYPE_CHECKING:
@@ -17,8 +17,6 @@ if TYPE_CHECKING:
 
 BYTES = "bytes"
 """The tokenizer that needs no file: one token per byte of UTF-8, and one that ends a document."""
-
-TokenArray = npt.NDArray[np.unsignedinteger[Any]]
 
 _BATCH_BYTES = 16 * 2**20
 """Text given to the HF library at once: enough for every core, little enough to hold in memory."""
@@ -118,7 +116,8 @@ class HfTokenizer:
         if not vocabulary:
             raise DataError(f"data.tokenizer: {path} has an empty vocabulary")
         self.vocab_size = max(vocabulary.values()) + 1
-        self.eos_id = vocabulary[_find_eos(path, vocabulary)]
+        self.eos_token = _find_eos(path, vocabulary)
+        self.eos_id = vocabulary[self.eos_token]
         identity = hashlib.sha256(contents).hexdigest() + f" eos={self.eos_id}"
         self.digest = hashlib.sha256(identity.encode()).hexdigest()
 

@@ -4,7 +4,14 @@ import pytest
 
 from everstep.checkpoint.errors import LayoutError
 from everstep.checkpoint.layout import Box, Fragment, Grid, TensorSpec
-from everstep.checkpoint.reshard import CopyStep, layout_differences, plan_load, plan_save
+from everstep.checkpoint.reshard import (
+    CopyStep,
+    held_nowhere,
+    layout_differences,
+    mark_held,
+    plan_load,
+    plan_save,
+)
 
 
 def _whole(name: str, items: int, dtype: str = "F32") -> Fragment:
@@ -69,3 +76,11 @@ def test_differences_are_named() -> None:
         "tensor 'b' is F32 [3] in the checkpoint and F32 [2] in this run",
     ]
     assert layout_differences(wanted, wanted) == []
+
+
+def test_names_that_no_rank_holds() -> None:
+    stored = ["d", "b", "a", "c"]
+    marks = [mark_held({"a", "x"}, stored), mark_held({"a", "d"}, stored), mark_held(set(), stored)]
+    assert held_nowhere(stored, marks) == {"b", "c"}
+    assert held_nowhere(stored, [mark_held(stored, stored)]) == set()
+    assert held_nowhere([], [mark_held({"a"}, [])]) == set()

@@ -25,7 +25,7 @@ from everstep.checkpoint.torch_state import (
     State,
     load_objects,
     named_tensors,
-    objects_of,
+    optimizer_of,
     tensors_of,
 )
 from tests.support.checkpoints import Counter, bits, fresh_state, tiny_state, train_step
@@ -330,7 +330,7 @@ def test_state_of_no_parameter_is_refused() -> None:
     assert state.optimizer is not None
     state.optimizer.state["global"]["count"] = 1  # type: ignore[index]
     with pytest.raises(StateError, match="'global', which is no parameter"):
-        objects_of(state)
+        optimizer_of(state)
 
 
 def test_a_tensor_among_the_plain_values_is_named() -> None:
@@ -338,7 +338,7 @@ def test_a_tensor_among_the_plain_values_is_named() -> None:
     assert state.optimizer is not None
     state.optimizer.param_groups[0]["lr"] = torch.tensor(0.1)
     with pytest.raises(StateError, match=r"optimizer\.groups\[0\]\.lr is a Tensor"):
-        objects_of(state)
+        optimizer_of(state)
 
 
 # Objects, and what does not fit

@@ -144,6 +144,22 @@ def test_an_override_can_clear_an_optional_value() -> None:
             "data.source: got {'a': 1}, expected a string or a list of strings",
         ),
         (
+            f"{MINIMAL}\ndata: {{source: [{{path: a, wieght: 2}}]}}",
+            "my.yaml, line 2: unknown key data.source[0].wieght; did you mean weight?",
+        ),
+        (
+            f"{MINIMAL}\ndata: {{source: [{{path: a}}, {{weight: 2}}]}}",
+            "line 2: data.source[1].path is missing, expected files, folders, globs or URLs",
+        ),
+        (
+            f"{MINIMAL}\ndata: {{source: [{{path: a, weight: 0}}]}}",
+            "data.source[0].weight: got 0: input should be greater than 0",
+        ),
+        (
+            f"{MINIMAL}\ndata: {{source: [a, {{path: b}}]}}",
+            "data.source[0]: got 'a' beside entries with keys; write {path: a}, or only paths",
+        ),
+        (
             f"{MINIMAL}\nname: 125",
             "name: got 125, expected a string that matches ^[A-Za-z0-9][A-Za-z0-9._-]*$; put it in "
             "quotes to make it a string",

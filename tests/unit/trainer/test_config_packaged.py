@@ -22,6 +22,8 @@ RANKS = {
     "debug_dp2_tp2": 4,
     "debug_dp4": 4,
     "debug_hsdp2x2": 4,
+    "debug_pp2": 2,
+    "debug_pp2_dp2_tp2": 8,
     "debug_replicate2": 2,
     "debug_single": 1,
     "debug_tp2": 2,

@@ -15,6 +15,7 @@ import pytest
 
 from everstep.trainer.data import Corpus, documents, open_corpus
 from everstep.trainer.data.stamps import FileStamp, read_record, write_record
+from everstep.trainer.data.storage import Storage
 from everstep.trainer.data.token_file import HEADER_BYTES
 from everstep.trainer.errors import DataError
 from tests.support.corpora import data_config, edited, write_texts
@@ -150,13 +151,13 @@ def test_settled_files_are_not_read_again(
     folder: Path, cache: Path, trusting: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     read: list[str] = []
-    really_hash = documents._hash_text
+    really_hash = documents._hash_file
 
-    def counting_hash(path: str) -> tuple[str, int]:
+    def counting_hash(path: str, storage: Storage, must_be_text: bool) -> tuple[str, int]:
         read.append(os.path.basename(path))
-        return really_hash(path)
+        return really_hash(path, storage, must_be_text)
 
-    monkeypatch.setattr(documents, "_hash_text", counting_hash)
+    monkeypatch.setattr(documents, "_hash_file", counting_hash)
     (folder / "noise.bin").write_bytes(b"\xff\xfe")
     config = data_config(folder)
     trusted_corpus(folder, cache)

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from everstep.trainer.data import TrainStream, check_held_out_fits, documents, open_corpus
+from everstep.trainer.data.sources import find_files
 from everstep.trainer.errors import DataError
 from tests.support.corpora import data_config, edited, write_texts
 
@@ -57,7 +58,11 @@ def test_pieces_end_at_line_ends_where_there_are_any(
     monkeypatch.setattr(documents, "PIECE_BYTES", 10)
     hasher = hashlib.sha256(b"everstep document order 1\0" + path.read_bytes())
     document = documents.Document(str(path), path.stat().st_size, hasher.hexdigest())
-    pieces = list(documents.read_pieces([document], lambda size_bytes, was_read: None))
+    tally = documents.Tally()
+    sources = find_files(str(path))
+    pieces = list(
+        documents.read_pieces(sources, [document], lambda size_bytes, was_read: None, tally)
+    )
     assert b"".join(piece.text for piece in pieces) == path.read_bytes()
     assert [piece.ends_document for piece in pieces] == [False] * (len(pieces) - 1) + [True]
     assert pieces[0].text == b"one\ntwo\nthree\n"

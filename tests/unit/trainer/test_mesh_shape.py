@@ -15,6 +15,7 @@ from everstep.trainer.mesh_shape import (
     local_device,
     plan_batches,
     resolve_mesh,
+    settle_micro_batch,
     world_size_of,
 )
 
@@ -87,10 +88,9 @@ def test_shapes_in_words() -> None:
             {"dp_replicate": 2, "tp": 2},
             6,
             "the mesh (dp_replicate 2 x dp_shard auto x tp 2) needs a multiple of 4 ranks, but "
-            "there are 6: start 4 (--nproc 4) or change mesh.dp_replicate and mesh.tp",
+            "there are 6: start 4 (--nproc 4) or change mesh.pp, mesh.dp_replicate and mesh.tp",
         ),
         ({"tp": 4}, 1, "needs a multiple of 4 ranks, but there is only 1: start 4"),
-        ({"pp": 2}, 2, "mesh.pp=2: pipeline parallelism is not built yet"),
         ({"cp": 2}, 2, "mesh.cp=2: context parallelism is not built yet"),
         ({"ep": 3}, 3, "mesh.ep=3: expert parallelism is not built yet"),
     ],
@@ -204,8 +204,62 @@ def test_sections_that_do_not_agree(
     assert message in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("pp", "sections", "message"),
+    [
+        (2, {"model": {"factory": "a:b"}}, "mesh.pp=2 works with the built-in model only"),
+        (2, {"model": {"layers": 1}}, "model.layers=1 cannot be divided over 2 pipeline stages"),
+        (
+            2,
+            {"model": {"layers": 3}, "parallel": {"pipeline_schedule": "zero_bubble"}},
+            "model.layers=3 cannot be divided over 4 pipeline stages (mesh.pp=2 x 2 per rank)",
+        ),
+        (
+            2,
+            {"parallel": {"stages_per_rank": 2}},
+            "parallel.stages_per_rank=2 needs a schedule that interleaves stages",
+        ),
+        (
+            2,
+            {"parallel": {"pipeline_schedule": "zero_bubble", "compile": True}},
+            "parallel.pipeline_schedule=zero_bubble computes the gradients of weights apart",
+        ),
+        (4, {"data": {"global_batch": 3}}, "mesh.pp=4 needs at least 4 micro-batches per step"),
+        (
+            4,
+            {"data": {"micro_batch": 8}},
+            "mesh.pp=4 needs at least 4 micro-batches per step, but data.micro_batch makes 2",
+        ),
+        (
+            2,
+            {
+                "data": {"global_batch": 5, "micro_batch": 1},
+                "parallel": {"pipeline_schedule": "interleaved"},
+            },
+            "parallel.pipeline_schedule=interleaved runs micro-batches in rounds of mesh.pp=2",
+        ),
+    ],
+)
+def test_pipelines_that_cannot_be_built(
+    pp: int, sections: dict[str, dict[str, object]], message: str
+) -> None:
+    with pytest.raises(ConfigError) as caught:
+        check(MeshShape(pp=pp), **sections)
+    assert message in str(caught.value)
+
+
+def test_micro_batches_are_settled_in_pipelines_only() -> None:
+    config = RunConfig.model_validate({"train": {"steps": 1}, "data": {"global_batch": 32}})
+    assert settle_micro_batch(config, MeshShape(dp_shard=2)) is config
+    settled = settle_micro_batch(config, MeshShape(pp=2, dp_shard=2))
+    assert settled.data.micro_batch == 4
+    assert settle_micro_batch(settled, MeshShape(pp=4)) is settled
+
+
 def test_sections_that_agree() -> None:
     check(MeshShape(dp_shard=2, tp=2))
     check(MeshShape(tp=2), data={"tokenizer": "some/tokenizer.json"}, model={"vocab_size": 128})
     check(MeshShape(), model={"factory": "pkg.mod:Class.build", "factory_args": {"a": 1}})
+    check(MeshShape(), model={"layers": 1}, parallel={"pipeline_schedule": "zero_bubble"})
+    check(MeshShape(pp=4, dp_shard=2, tp=2), parallel={"compile": True})
     check(MeshShape(), metrics={"sinks": ["tensorboard", "pkg.mod:sink"]})

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from everstep.trainer.sample import generate
+from everstep.trainer.sample import generate, logits_at
 
 
 class NextNumber(nn.Module):
@@ -22,23 +22,25 @@ class NextNumber(nn.Module):
 
 def test_the_likeliest_tokens_follow_the_prompt() -> None:
     model = NextNumber()
-    assert generate(model, [5], 6, 0.0, 0, 4) == [5, 6, 7, 0, 1, 2, 3]
+    assert generate(logits_at(model), [5], 6, 0.0, 0, 4) == [5, 6, 7, 0, 1, 2, 3]
     assert set(model.lengths) == {4}
     assert model.training
 
 
 def test_the_window_grows_in_steps_up_to_the_sequence_length() -> None:
     model = NextNumber()
-    generate(model, [0] * 60, 100, 0.0, 0, 150)
+    generate(logits_at(model), [0] * 60, 100, 0.0, 0, 150)
     assert sorted(set(model.lengths)) == [64, 128, 150]
 
 
 def test_the_seed_decides_and_ids_beyond_the_tokenizer_are_never_drawn() -> None:
-    drawn = [generate(NextNumber(), [2], 40, 5.0, seed, 8, vocab_size=5) for seed in (1, 1, 2)]
+    drawn = [
+        generate(logits_at(NextNumber()), [2], 40, 5.0, seed, 8, vocab_size=5) for seed in (1, 1, 2)
+    ]
     assert drawn[0] == drawn[1] != drawn[2]
     assert max(drawn[0]) == 4
 
 
 def test_an_empty_prompt_is_refused() -> None:
     with pytest.raises(ValueError, match="prompt is empty"):
-        generate(NextNumber(), [], 1, 0.0, 0, 4)
+        generate(logits_at(NextNumber()), [], 1, 0.0, 0, 4)
