@@ -3,7 +3,9 @@ PYTHON  ?= python3
 VENV    ?= .venv
 BIN     := $(VENV)/bin
 RUN_DIR ?= runs/demo-$(shell date +%Y%m%d-%H%M%S)
+WORKERS ?= 2
 STAMP   := $(VENV)/.installed
+PYTEST  := $(BIN)/python -m pytest -q --numprocesses $(WORKERS) --dist loadgroup
 NATIVE  := CMakeLists.txt pyproject.toml constraints.txt $(wildcard csrc/*.cpp csrc/*.h)
 
 .DEFAULT_GOAL := help
@@ -29,15 +31,15 @@ demo: $(STAMP) ## train a small language model on 4 ranks, on real text, in a fe
 	$(BIN)/everstep train demo --run-dir $(RUN_DIR)
 
 test: $(STAMP) ## the test suite (10 minutes at most on two cores)
-	$(BIN)/python -m pytest -m "not slow and not gpu" -q
+	$(PYTEST) -m "not slow and not gpu"
 
 test-portable: $(STAMP) ## the kernel and checkpoint tests with the portable kernels forced
-	EVERSTEP_PORTABLE_KERNELS=1 $(BIN)/python -m pytest -m "not slow and not gpu" -q \
+	EVERSTEP_PORTABLE_KERNELS=1 $(PYTEST) -m "not slow and not gpu" \
 	  tests/unit/csrc tests/unit/checkpoint tests/property
 
 test-slow: $(STAMP) ## the slow suite (an hour at most on two cores)
-	$(BIN)/python -m pytest -m "slow and not gpu" --timeout 1800 -q
-	EVERSTEP_PORTABLE_KERNELS=1 $(BIN)/python -m pytest -m "not slow and not gpu" -q
+	$(PYTEST) -m "slow and not gpu" --timeout 1800
+	EVERSTEP_PORTABLE_KERNELS=1 $(PYTEST) -m "not slow and not gpu"
 
 check: $(STAMP) ## format, lint, types, import layers, C++ format, aarch64 compilation
 	$(BIN)/ruff format --check .

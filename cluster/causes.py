@@ -162,7 +162,9 @@ def _from_error(error: Mapping[str, Any]) -> _Failure:
 
 def _from_exit(ended: RankExit) -> _Failure:
     name = ended.signal_name
-    if name is None:
+    if ended.why is not None:
+        sentence = ended.why
+    elif name is None:
         sentence = f"ended with exit code {ended.code} without saying why"
     else:
         sentence = f"was killed by signal {-ended.code} ({name})"

@@ -3,6 +3,7 @@
 import contextlib
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import asdict, replace
 from pathlib import Path
 
 from rich.console import Console
@@ -12,8 +13,16 @@ from everstep.checkpoint.errors import EverstepError
 from everstep.cluster import exit_codes
 from everstep.cluster.causes import error_lost_peer, exit_lost_peer, first_cause
 from everstep.cluster.closing import Outcome, closing_lines
-from everstep.cluster.driver import Broken, ClusterDriver, Placement, RankExit, Reported
+from everstep.cluster.driver import (
+    Broken,
+    ClusterDriver,
+    Placement,
+    PlacingAbandoned,
+    RankExit,
+    Reported,
+)
 from everstep.cluster.lifecycle import (
+    ENDINGS,
     Action,
     Event,
     Job,
@@ -22,6 +31,7 @@ from everstep.cluster.lifecycle import (
     RankFailed,
     RankStarted,
     State,
+    StopAsked,
     Tick,
     transition,
 )
@@ -77,8 +87,17 @@ class Controller:
 
     def run(self, specs_for: Callable[[Placement], Sequence[RankSpec]]) -> Outcome:
         """Place and start the ranks, and watch them until none is left. Raises LaunchError."""
+        began_s = self._clock()
         try:
-            placement = self._driver.place(self._job.world_size)
+            placement = self._driver.place(self._job.world_size, self._waiting)
+            self._events.append(
+                "placement",
+                store=placement.store,
+                device=placement.device,
+                seats=[asdict(seat) for seat in placement.seats],
+            )
+            start_by_s = self._job.start_by_s + self._clock() - began_s
+            self._job = replace(self._job, start_by_s=start_by_s)
             self._driver.start(specs_for(placement))
             self._view.status(f"starting {self._job.world_size} ranks")
             while not self._job.over:
@@ -89,10 +108,20 @@ class Controller:
                 self._happen(Tick())
                 self._show_logs()
                 self._view.refresh(self._clock())
+        except PlacingAbandoned:
+            pass  # nothing has begun; the job says how it ends
         finally:
             self._driver.close()
         self._show_logs(rest=True)
         return self._outcome()
+
+    def _waiting(self, text: str) -> None:
+        self._view.announce(text)
+        for asked in self._signals.take():
+            self._happen(asked)
+        self._view.refresh(self._clock())
+        if self._job.state in ENDINGS:
+            raise PlacingAbandoned
 
     def _hear(self, event: Reported | RankExit | Broken) -> None:
         match event:
@@ -154,9 +183,10 @@ class Controller:
         if self._job.state is State.RUNNING and before is State.STARTING:
             self._view.status("preparing the first step")
         elif self._job.state is State.STOPPING and before is not State.STOPPING:
-            self._view.line(
-                f"{decided.reason}, in at most {self._job.grace_s:g} s; Ctrl-C again stops at once"
-            )
+            line = f"{decided.reason}, in at most {self._job.grace_s:g} s"
+            if isinstance(event, StopAsked) and event.insistent:
+                line += f"; {event.by} again stops at once"
+            self._view.line(line)
 
     def _show_logs(self, *, rest: bool = False) -> None:
         now_s = self._clock()
@@ -182,22 +212,21 @@ class Controller:
         )
 
 
-def run_local(
+def run_controlled(
     config: RunConfig,
     run_dir: Path,
     resume: str,
     world_size: int,
     console: Console,
+    open_driver: Callable[[RunDir], ClusterDriver],
     *,
     error_console: Console | None = None,
-    target: str = DEFAULT_TARGET,
-    preload: Sequence[str] = DEFAULT_PRELOAD,
-    store: bool = True,
+    launch: Sequence[str] = (),
 ) -> int:
-    """Run all ranks on this host, and return the exit code (``exit_codes.py``).
+    """Run all ranks where ``open_driver`` puts them; returns the exit code (``exit_codes.py``).
 
-    What goes wrong is told on ``error_console`` (default: standard error) in one sentence. Tests
-    choose another ``target`` for the ranks, and do without ``preload`` and ``store``.
+    What goes wrong is told on ``error_console`` (default: standard error) in one sentence.
+    ``launch`` are options that suggested commands repeat.
     """
     errors = error_console or Console(stderr=True)
     try:
@@ -206,14 +235,7 @@ def run_local(
             prepare_run_dir(run_dir, dump_config(config)) as prepared,
             EventLog(prepared.events) as events,
         ):
-            driver = LocalDriver(
-                prepared.logs,
-                target=target,
-                preload=preload,
-                store_port=config.launch.port if store else None,
-                threads=config.parallel.threads,
-                inherit_fds=[prepared.lock.fileno()],
-            )
+            driver = open_driver(prepared)
             with ProgressView(console, config.name) as view:
                 view.line(headline(config, world_size, run_dir))
                 controller = Controller(
@@ -225,22 +247,67 @@ def run_local(
                     ),
                     view=view,
                     events=events,
-                    tail=LogTail(_logs_to_follow(driver, prepared, world_size), world_size),
+                    tail=LogTail(_logs_to_follow(prepared, world_size), world_size),
                     signals=signals,
                 )
                 outcome = controller.run(
-                    lambda placement: rank_specs(config, prepared, resume, placement)
+                    lambda placement: rank_specs(config, prepared, resume, placement, launch)
                 )
             events.append("end", exit_code=outcome.exit_code, saved_step=outcome.saved_step)
-            _tell(outcome, view, errors, prepared, events, world_size)
+            again = resume_command(run_dir, world_size, launch=launch)
+            _tell(outcome, view, errors, prepared, events, world_size, again)
             return outcome.exit_code
     except EverstepError as error:
         say(errors, f"error: {error}")
         return exit_codes.of_error(type(error).__name__)
 
 
+def run_local(
+    config: RunConfig,
+    run_dir: Path,
+    resume: str,
+    world_size: int,
+    console: Console,
+    *,
+    error_console: Console | None = None,
+    target: str = DEFAULT_TARGET,
+    preload: Sequence[str] = DEFAULT_PRELOAD,
+    store: bool = True,
+    launch: Sequence[str] = (),
+) -> int:
+    """Run all ranks as processes of this host, and return the exit code.
+
+    Tests choose another ``target`` for the ranks, and do without ``preload`` and ``store``.
+    """
+
+    def open_driver(prepared: RunDir) -> ClusterDriver:
+        return LocalDriver(
+            prepared.logs,
+            target=target,
+            preload=preload,
+            store_port=config.launch.port if store else None,
+            threads=config.parallel.threads,
+            inherit_fds=[prepared.lock.fileno()],
+        )
+
+    return run_controlled(
+        config,
+        run_dir,
+        resume,
+        world_size,
+        console,
+        open_driver,
+        error_console=error_console,
+        launch=launch,
+    )
+
+
 def rank_specs(
-    config: RunConfig, run_dir: RunDir, resume: str, placement: Placement
+    config: RunConfig,
+    run_dir: RunDir,
+    resume: str,
+    placement: Placement,
+    launch: Sequence[str] = (),
 ) -> list[RankSpec]:
     """What each rank of the first attempt is told."""
     config_yaml = dump_config(config)
@@ -255,6 +322,8 @@ def rank_specs(
             attempt=0,
             resume=resume,
             store=placement.store,
+            device=placement.device,
+            launch=launch,
         )
         for rank, seat in enumerate(placement.seats)
     ]
@@ -273,9 +342,9 @@ def say(console: Console, text: str) -> None:
         console.print(Text(text), soft_wrap=True)
 
 
-def _logs_to_follow(driver: LocalDriver, run_dir: RunDir, world_size: int) -> dict[int, Path]:
+def _logs_to_follow(run_dir: RunDir, world_size: int) -> dict[int, Path]:
     logs = {rank: run_dir.rank_log(rank) for rank in range(world_size)}
-    return {BEFORE_RANKS: driver.start_log, **logs}
+    return {BEFORE_RANKS: run_dir.start_log, **logs}
 
 
 def _tell(
@@ -285,8 +354,8 @@ def _tell(
     run_dir: RunDir,
     events: EventLog,
     world_size: int,
+    again: str,
 ) -> None:
-    again = resume_command(run_dir.path, world_size)
     for line in closing_lines(outcome, run_dir.logs, world_size, again):
         if line.is_error:
             say(errors, line.text)

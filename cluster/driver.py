@@ -1,11 +1,12 @@
 """What the controller asks of a place where ranks run, and what that place tells the controller.
 
-The local driver (subprocesses of this host) is one; tests have another in memory. A contract suite
-(``tests/contracts/test_driver.py``) runs against both.
+Ranks run as processes of this host (``local_driver.py``) or as actors of a Ray cluster
+(``ray_driver.py``); tests have a driver in memory. A contract suite
+(``tests/contracts/test_driver.py``) runs against all of them.
 """
 
 import signal
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -20,6 +21,10 @@ class Seat:
     local_rank: int
     """Rank among those of the same host."""
     local_world_size: int
+    node: str | None = None
+    """What the cluster calls the node (one host may pretend to be several); None = the host."""
+    failure_domain: str | None = None
+    """What fails together with this seat; None = the host."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,6 +35,8 @@ class Placement:
     """One per rank, in the order of ranks."""
     store: str | None
     """'host:port' of the rendezvous store."""
+    device: str | None = None
+    """The device of every rank, where the place decides it: 'cpu' or 'cuda:0'."""
 
 
 @dataclass(frozen=True)
@@ -49,6 +56,8 @@ class RankExit:
     """Exit code; -N when signal N killed it."""
     time_s: float
     """When its end was noticed, as seconds since the epoch."""
+    why: str | None = None
+    """What is known beyond the code, to follow 'rank N': 'was lost with its node ...'."""
 
     @property
     def signal_name(self) -> str | None:
@@ -70,15 +79,29 @@ class Broken:
 
 DriverEvent = Reported | RankExit | Broken
 
+Waiting = Callable[[str], None]
+"""Shows what is waited for; called often. Raises PlacingAbandoned when nobody wants the place."""
+
+
+class PlacingAbandoned(Exception):
+    """The run was asked to stop while its ranks were still waiting for a place."""
+
+
+def wait_silently(text: str) -> None:
+    """A ``Waiting`` for callers that show nothing and never give up."""
+
 
 class ClusterDriver(Protocol):
     """Starts ranks, passes on what they report, and ends them.
 
-    Nothing blocks for longer than a moment, except ``poll`` (its timeout) and ``close``.
+    Nothing blocks for longer than a moment, except ``place``, ``poll`` (its timeout) and ``close``.
     """
 
-    def place(self, world_size: int) -> Placement:
-        """Decide where ranks run and begin to prepare that place. Raises LaunchError."""
+    def place(self, world_size: int, waiting: Waiting = wait_silently) -> Placement:
+        """Decide where ranks run and begin to prepare that place.
+
+        What takes longer than a moment calls ``waiting``. Raises LaunchError.
+        """
         ...
 
     def start(self, specs: Sequence[RankSpec]) -> None:

@@ -2,14 +2,18 @@
 
 import contextlib
 import ctypes
+import fcntl
 import os
 import signal
 import socket
+import struct
 import sys
 from pathlib import Path
 
 _PR_SET_PDEATHSIG = 1
 _PR_SET_CHILD_SUBREAPER = 36
+_SIOCGIFADDR = 0x8915
+_END_ROUNDS = 100
 
 
 def available_cores() -> int:
@@ -44,6 +48,11 @@ def die_with_parent(parent_pid: int, signum: int = signal.SIGKILL) -> None:
         os._exit(1)
 
 
+def outlive_parent() -> None:
+    """Take ``die_with_parent`` back."""
+    _prctl(_PR_SET_PDEATHSIG, 0)
+
+
 def adopt_orphans() -> None:
     """Become the parent of descendants whose own parent ends (Linux only)."""
     _prctl(_PR_SET_CHILD_SUBREAPER, 1)
@@ -60,6 +69,20 @@ def children_of(pid: int) -> list[int]:
     return found
 
 
+def end_descendants() -> None:
+    """Kill children until there are none; needs ``adopt_orphans`` for those of the killed."""
+    for _ in range(_END_ROUNDS):
+        children = children_of(os.getpid())
+        if not children:
+            return
+        for pid in children:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        for pid in children:
+            with contextlib.suppress(ChildProcessError):
+                os.waitpid(pid, 0)
+
+
 def prefer_for_oom_kill() -> None:
     """Make the kernel's out-of-memory killer take this process before those that report on it."""
     with contextlib.suppress(OSError):
@@ -70,6 +93,20 @@ def loopback_interface() -> str | None:
     """Name of the network interface that never leaves this host."""
     names = [name for _, name in socket.if_nameindex()]
     return next((name for name in ("lo", "lo0") if name in names), None)
+
+
+def interface_of(address: str) -> str | None:
+    """Name of the network interface that has an IPv4 address; None where none is found."""
+    for _, name in socket.if_nameindex():
+        with (
+            contextlib.suppress(OSError),
+            socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe,
+        ):
+            packed = struct.pack("256s", name.encode()[:15])
+            answer = fcntl.ioctl(probe.fileno(), _SIOCGIFADDR, packed)
+            if socket.inet_ntoa(answer[20:24]) == address:
+                return name
+    return None
 
 
 def _prctl(option: int, value: int) -> None:

@@ -12,19 +12,30 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from everstep.cluster import host, rendezvous, zygote
-from everstep.cluster.driver import Broken, DriverEvent, Placement, RankExit, Reported, Seat
+from everstep.cluster.driver import (
+    Broken,
+    DriverEvent,
+    Placement,
+    RankExit,
+    Reported,
+    Seat,
+    Waiting,
+    wait_silently,
+)
 from everstep.cluster.errors import LaunchError
+from everstep.cluster.stop_signals import signals_held_back
 from everstep.cluster.worker_shell import DUMP_SIGNAL
 from everstep.trainer.rank_spec import RankSpec
 
 DEFAULT_TARGET = "everstep.trainer.worker_main:run_rank"
 DEFAULT_PRELOAD = ("everstep.trainer.worker_main",)
+START_LOG_NAME = "start.log"
 _STORE = "store"
 _STORE_TARGET = "everstep.cluster.rendezvous:serve"
 _CLOSE_LIMIT_S = 5.0
@@ -52,6 +63,8 @@ class LocalDriver:
         store_port: port of the rendezvous store; 0 = any free one, None = ranks need no store.
         threads: CPU threads per rank, or 'auto'.
         inherit_fds: descriptors that stay open as long as any process of this driver lives.
+        interface: network interface that gloo uses; None = gloo chooses.
+        start_log: file in ``logs`` for what is written before there are ranks.
     """
 
     def __init__(
@@ -63,6 +76,8 @@ class LocalDriver:
         store_port: int | None = 0,
         threads: int | str = "auto",
         inherit_fds: Sequence[int] = (),
+        interface: str | None = host.loopback_interface(),
+        start_log: str = START_LOG_NAME,
     ) -> None:
         self._logs = logs
         self._target = target
@@ -70,6 +85,8 @@ class LocalDriver:
         self._store_port = store_port
         self._threads = threads
         self._inherit_fds = list(inherit_fds)
+        self._interface = interface
+        self._start_log = start_log
         self._selector = selectors.DefaultSelector()
         self._zygote: subprocess.Popen[bytes] | None = None
         self._control: socket.socket | None = None
@@ -81,9 +98,9 @@ class LocalDriver:
     @property
     def start_log(self) -> Path:
         """What is written while modules are imported, before there are ranks."""
-        return self._logs / "start.log"
+        return self._logs / self._start_log
 
-    def place(self, world_size: int) -> Placement:
+    def place(self, world_size: int, waiting: Waiting = wait_silently) -> Placement:
         """All ranks on this host. Raises PortTakenError."""
         listener = None if self._store_port is None else rendezvous.listen(self._store_port)
         try:
@@ -174,7 +191,7 @@ class LocalDriver:
             inherit_fds=self._inherit_fds,
         )
         try:
-            with theirs, self.start_log.open("ab") as log, _signals_held_back():
+            with theirs, self.start_log.open("ab") as log, signals_held_back():
                 self._zygote = subprocess.Popen(
                     [sys.executable, "-P", "-c", zygote.BOOT, json.dumps(asdict(setup))],
                     stdin=subprocess.DEVNULL,
@@ -192,10 +209,9 @@ class LocalDriver:
     def _environment(self, world_size: int) -> dict[str, str]:
         threads = host.threads_per_rank(self._threads, host.available_cores(), world_size)
         environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
-        loopback = host.loopback_interface()
-        if loopback is not None:
+        if self._interface is not None:
             # gloo would look up the host's name otherwise, which need not resolve.
-            environment.setdefault("GLOO_SOCKET_IFNAME", loopback)
+            environment.setdefault("GLOO_SOCKET_IFNAME", self._interface)
         return environment
 
     def _fork(
@@ -310,17 +326,6 @@ def rank_log(logs: Path, rank: int) -> Path:
 def _send_line(link: socket.socket, message: dict[str, Any]) -> None:
     with contextlib.suppress(OSError):  # it ended: its exit comes through the zygote
         link.sendall(json.dumps(message).encode() + b"\n")
-
-
-@contextlib.contextmanager
-def _signals_held_back() -> Iterator[None]:
-    """A process started meanwhile is not hit by Ctrl-C before it can say what it does with it."""
-    held = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, held)
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _wait_gone(pids: Sequence[int]) -> None:

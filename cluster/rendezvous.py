@@ -1,8 +1,8 @@
-"""Where the ranks of one host meet: a TCPStore in a process of its own, never in a rank.
+"""Where the ranks of a run meet: a TCPStore in a process of its own, never in a rank.
 
 The controller binds the port itself, long before torch is imported anywhere: a port that is taken
-shows at once. It listens on the loopback interface only. The store's process is forked, like a
-rank, from the process that has torch imported already; so the controller never imports it.
+shows at once. It listens on one interface only: loopback, unless ranks run on other hosts. The
+store's process is a child of the controller, which never imports torch itself.
 """
 
 import socket
@@ -16,15 +16,16 @@ LOOPBACK = "127.0.0.1"
 _POLL_S = 0.2
 
 
-def listen(port: int) -> socket.socket:
-    """A listening socket on the loopback interface; port 0 takes any free one.
+def listen(port: int, address: str = LOOPBACK) -> socket.socket:
+    """A listening socket on the interface that has ``address``; port 0 takes any free one.
 
     Raises PortTakenError.
     """
-    listener = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
+    family = socket.AF_INET6 if ":" in address else socket.AF_INET
+    listener = socket.socket(family, socket.SOCK_STREAM)
     try:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        listener.bind((LOOPBACK, port))
+        listener.bind((address, port))
         listener.listen(4096)
     except OSError as error:
         listener.close()
@@ -36,7 +37,7 @@ def serve(listener: socket.socket, report: Reporter, should_stop: StopRequested)
     """Serve a TCPStore on ``listener`` until asked to stop. Runs in a process of its own."""
     import torch.distributed as dist
 
-    host, port = listener.getsockname()
+    host, port = listener.getsockname()[:2]
     store = dist.TCPStore(  # type: ignore[attr-defined]
         host,
         port,

@@ -3,7 +3,8 @@
 - ``config.yaml``: the resolved configuration of the newest start
 - ``events.jsonl``: what happened, one JSON object per line
 - ``logs/``: output of every rank, with full traces
-- ``lock``: held by every process of a running job
+- ``lock``: held by every process of a running job on the controller's host
+- ``ranks.lock``, ``.token``: for ranks on other nodes, see ``shared_dir.py``
 """
 
 import contextlib
@@ -19,7 +20,8 @@ from types import TracebackType
 from everstep.checkpoint.errors import DirectoryInUseError
 from everstep.checkpoint.lock import DirectoryLock
 from everstep.cluster.errors import RunDirError
-from everstep.cluster.local_driver import rank_log
+from everstep.cluster.local_driver import START_LOG_NAME, rank_log
+from everstep.cluster.shared_dir import wait_for_ranks
 
 LOCK_NAME = "lock"
 ENDING_S = 20.0
@@ -42,6 +44,11 @@ class RunDir:
     def events(self) -> Path:
         """File of the run's events."""
         return self.path / "events.jsonl"
+
+    @property
+    def start_log(self) -> Path:
+        """File for what is written before there are ranks."""
+        return self.logs / START_LOG_NAME
 
     def rank_log(self, rank: int) -> Path:
         """Log of a rank."""
@@ -69,6 +76,10 @@ def prepare_run_dir(run_dir: Path, config_yaml: str) -> RunDir:
     lock = None
     try:
         lock = _lock(run_dir)
+        if not wait_for_ranks(run_dir, ENDING_S):
+            lock.release()
+            holder = "a job whose controller has ended, but ranks of it are still there"
+            raise DirectoryInUseError(str(run_dir), holder)
         prepared = RunDir(run_dir, lock)
         prepared.logs.mkdir(exist_ok=True)
         _write_atomically(run_dir / "config.yaml", config_yaml)

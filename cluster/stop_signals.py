@@ -1,8 +1,9 @@
 """Signals that ask a run to stop, collected for whoever decides what follows from them."""
 
+import contextlib
 import signal
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from types import FrameType, TracebackType
 from typing import Any
 
@@ -56,3 +57,14 @@ def stop_asked(signum: int) -> StopAsked:
     if signum == signal.SIGINT:
         return StopAsked("Ctrl-C", insistent=True)
     return StopAsked(signal.Signals(signum).name, insistent=False)
+
+
+@contextlib.contextmanager
+def signals_held_back() -> Iterator[None]:
+    """A process started meanwhile is not hit by Ctrl-C before it can say what it does with it."""
+    held = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, held)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)

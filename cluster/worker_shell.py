@@ -1,7 +1,8 @@
-"""What surrounds the work of a process that the zygote forked: its log, its link, its ending.
+"""What surrounds the work of a process beside the controller: its log, its link, its ending.
 
-The work is a function named "module:function". A rank's gets a RankSpec, the store's gets its
-listening socket; both get ``report`` and ``should_stop`` and return an exit code.
+The work is a function named "module:function". A rank's gets a RankSpec, a helper's (the store's,
+for example) gets a listening socket or plain data; all get ``report`` and ``should_stop`` and
+return an exit code.
 """
 
 import contextlib
@@ -41,6 +42,7 @@ class Link:
         self._sending = threading.Lock()
         self._stamp: Report = {}
         self._stop = False
+        self._last_act: Callable[[], object] = lambda: None
 
     def receive_order(self) -> Any:
         """The first line: what to run. Later lines are listened to in the background."""
@@ -60,6 +62,10 @@ class Link:
         with self._sending, contextlib.suppress(OSError):
             self._connection.sendall(f"{line}\n".encode())
 
+    def before_end(self, last_act: Callable[[], object]) -> None:
+        """Do this before the process ends because the controller is gone."""
+        self._last_act = last_act
+
     def should_stop(self) -> bool:
         """True once somebody asked this process to stop."""
         return self._stop
@@ -72,6 +78,8 @@ class Link:
         with contextlib.suppress(OSError, ValueError):
             while self._lines.readline():
                 self.stop()
+        with contextlib.suppress(Exception):
+            self._last_act()
         os._exit(exit_codes.FAILED)
 
 
@@ -86,12 +94,16 @@ def run(parent_pid: int, log: str, fds: Sequence[int]) -> NoReturn:
         signal.signal(signal.SIGTERM, link.stop)
         order = link.receive_order()
         if order["rank"] is None:
-            # Ranks that a signal to everybody asks to stop need the store to the end.
+            # Ranks that a signal to everybody asks to stop need their helpers to the end.
             signal.signal(signal.SIGTERM, signal.SIG_IGN)
             link.stamp(rank=None)
-            listener = socket.socket(fileno=fds[1])
+            subject = socket.socket(fileno=fds[1]) if len(fds) > 1 else order["subject"]
+            if order.get("last_act") is not None:
+                last_act = find(order["last_act"])
+                link.before_end(lambda: last_act(subject))
+                host.outlive_parent()  # the link's end says the same, and leaves time for that
             code = work(
-                order["target"], listener, link.report, link.should_stop, _trace_to_stderr, log
+                order["target"], subject, link.report, link.should_stop, _trace_to_stderr, log
             )
         else:
             code = _run_rank(order, link, log)
@@ -114,14 +126,19 @@ def work(
 ) -> int:
     """Run "module:function" on ``subject``; an error becomes a trace in ``log`` and a report."""
     try:
-        module, _, function = target.partition(":")
-        work_function = getattr(importlib.import_module(module), function)
-        return int(work_function(subject, report, should_stop))
+        return int(find(target)(subject, report, should_stop))
     except BaseException as error:
         with contextlib.suppress(OSError):
             write_trace(error)
         report(error_report(error, log))
         return exit_codes.FAILED
+
+
+def find(target: str) -> Callable[..., Any]:
+    """The function that "module:function" names."""
+    module, _, function = target.partition(":")
+    found: Callable[..., Any] = getattr(importlib.import_module(module), function)
+    return found
 
 
 def error_report(error: BaseException, log: str) -> Report:

@@ -41,7 +41,6 @@ BOOT = (
 PACKET_BYTES = 16384
 _MAX_FDS = 4
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-_END_ROUNDS = 100
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -134,7 +133,7 @@ def _serve(control: socket.socket, wake: socket.socket, parent_pid: int) -> Fork
                     os.close(fd)
                 names[pid] = request["name"]
                 _send(control, {"forked": request["name"], "pid": pid})
-    _end_descendants()
+    host.end_descendants()
     return None
 
 
@@ -159,20 +158,6 @@ def _reap(names: dict[int, str]) -> list[tuple[str, int]]:
             return ended
         if pid in names:
             ended.append((names.pop(pid), os.waitstatus_to_exitcode(status)))
-
-
-def _end_descendants() -> None:
-    """Kill children until there are none; children of the killed become children of this."""
-    for _ in range(_END_ROUNDS):
-        children = host.children_of(os.getpid())
-        if not children:
-            return
-        for pid in children:
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGKILL)
-        for pid in children:
-            with contextlib.suppress(ChildProcessError):
-                os.waitpid(pid, 0)
 
 
 @contextlib.contextmanager

@@ -9,6 +9,8 @@ import typer
 
 from everstep.checkpoint.errors import EverstepError
 from everstep.cli_data import data_app
+from everstep.cli_jobs import register as register_job_commands
+from everstep.cli_options import ConfigArgument, Nproc, Overrides
 from everstep.launch import Launcher
 from everstep.trainer.errors import ConfigError
 
@@ -26,23 +28,12 @@ Start here:
   everstep config list                   the configs that come with everstep
   everstep config show demo > my.yaml    a config of your own, with every setting in it
   everstep train my.yaml optim.lr=3e-4   train it, with one setting changed
+  everstep submit my.yaml --address http://HEAD:8265 --run-dir /shared/run    on a Ray cluster
 """,
 )
 config_app = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="Look at configs.")
 app.add_typer(config_app, name="config")
 app.add_typer(data_app, name="data")
-
-ConfigArgument = Annotated[
-    str, typer.Argument(metavar="CONFIG", help="A YAML file, or the name of a packaged config.")
-]
-Overrides = Annotated[
-    list[str] | None,
-    typer.Argument(metavar="KEY=VALUE", help="Settings to change, such as train.steps=100."),
-]
-Nproc = Annotated[
-    int | None,
-    typer.Option(min=1, metavar="N", help="Number of ranks; default: what the mesh asks for."),
-]
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -95,10 +86,18 @@ def train(
     launcher: Annotated[
         Launcher,
         typer.Option(
-            help="Who starts the ranks: 'local' this command, 'external' torchrun or srun, whose "
-            "environment it reads; 'auto' sees which."
+            help="Who starts the ranks: 'local' this command, 'ray' a Ray cluster (or Ray on this "
+            "host), 'external' torchrun or srun, whose environment it reads; 'auto' sees which."
         ),
     ] = Launcher.AUTO,
+    address: Annotated[
+        str | None,
+        typer.Option(
+            metavar="HOST:PORT|auto",
+            help="The Ray cluster to train in; default: launch.address, RAY_ADDRESS, or else Ray "
+            "is started on this host for the run.",
+        ),
+    ] = None,
     nproc: Nproc = None,
     resume: Annotated[
         str,
@@ -131,8 +130,12 @@ def train(
         run_dir=run_dir,
         environment=os.environ,
         console=Console(),
+        address=address,
     )
     raise typer.Exit(code)
+
+
+register_job_commands(app)
 
 
 @config_app.command("show")

@@ -1,7 +1,7 @@
 """``everstep train``: check the config while that is still quick, choose a launcher, hand over."""
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -19,6 +19,7 @@ class Launcher(StrEnum):
 
     AUTO = "auto"
     LOCAL = "local"
+    RAY = "ray"
     EXTERNAL = "external"
 
 
@@ -32,29 +33,60 @@ def train(
     run_dir: Path | None,
     environment: Mapping[str, str],
     console: "Console",
+    address: str | None = None,
 ) -> int:
     """Run a config and return the exit code; torch is not imported before everything fits.
 
-    Raises ConfigError for whatever can be known to be wrong without starting a rank, and
-    TorchVersionError where torch is missing or too old.
+    ``address`` is short for launch.address. Raises ConfigError for whatever can be known to be
+    wrong without starting a rank, and TorchVersionError where torch is missing or too old.
     """
     from everstep.checkpoint.torch_version import require_torch
     from everstep.trainer.config_load import load_config
 
     check_resume(resume)
+    if address is not None:
+        overrides = [*overrides, f"launch.address={address}"]
     config = load_config(ref, overrides)
     require_torch()
     directory = run_dir or Path("runs") / config.name
-    if choose_launcher(launcher, environment) is Launcher.EXTERNAL:
+    chosen = choose_launcher(launcher, environment, lambda: _wants_ray(config, nproc, environment))
+    if address is not None and chosen is not Launcher.RAY:
+        raise ConfigError(
+            f"--address={address} names a Ray cluster, and --launcher {chosen} uses none: leave "
+            "one of them out"
+        )
+    again = [] if launcher is Launcher.AUTO else ["--launcher", launcher.value]
+    if chosen is Launcher.EXTERNAL:
         return _train_external(config, directory, resume, nproc, environment, console)
-    return _train_local(config, directory, resume, nproc, environment, console)
+    if chosen is Launcher.RAY:
+        return _train_ray(config, directory, resume, nproc, environment, console, again)
+    return _train_local(config, directory, resume, nproc, environment, console, again)
 
 
-def choose_launcher(asked: Launcher, environment: Mapping[str, str]) -> Launcher:
-    """``auto`` is external where torchrun or srun has started this process, else local."""
+def choose_launcher(
+    asked: Launcher, environment: Mapping[str, str], wants_ray: Callable[[], bool]
+) -> Launcher:
+    """``auto`` is external where torchrun or srun has started this process, else Ray or local."""
     if asked is not Launcher.AUTO:
         return asked
-    return Launcher.LOCAL if external_world_size(environment) is None else Launcher.EXTERNAL
+    if external_world_size(environment) is not None:
+        return Launcher.EXTERNAL
+    return Launcher.RAY if wants_ray() else Launcher.LOCAL
+
+
+def _wants_ray(config: "RunConfig", nproc: int | None, environment: Mapping[str, str]) -> bool:
+    """Whether Ray is of use, and installed: to reach a cluster, or for several ranks."""
+    from everstep.cluster.ray_address import ray_address, ray_installed
+    from everstep.machine import count_gpus
+    from everstep.trainer.mesh_shape import world_size_of
+
+    if config.launch.address is not None:
+        return True  # where Ray is missing, that is an error
+    if not ray_installed():
+        return False
+    if ray_address(config.launch, environment) is not None:
+        return True
+    return world_size_of(config.mesh, nproc, count_gpus(environment)) > 1
 
 
 def external_world_size(environment: Mapping[str, str]) -> int | None:
@@ -88,24 +120,68 @@ def _train_local(
     nproc: int | None,
     environment: Mapping[str, str],
     console: "Console",
+    again: Sequence[str],
 ) -> int:
     from everstep.machine import count_gpus
-    from everstep.trainer.mesh_shape import check_config, local_device, resolve_mesh, world_size_of
 
-    gpus = count_gpus(environment)
-    world_size = world_size_of(config.mesh, nproc, gpus)
-    check_config(config, resolve_mesh(config.mesh, world_size))
-    device = local_device(config.parallel.device, gpus, world_size)
-    if gpus and config.parallel.device == "auto" and device == "cpu":
-        console.print(
-            f"training on the CPU: each of the {world_size} ranks needs a GPU of its own, and this "
-            f"host has {gpus}",
-            soft_wrap=True,
-        )
+    world_size, _ = _plan_ranks(config, nproc, count_gpus(environment), "this host", console)
 
     from everstep.cluster.controller import run_local
 
-    return run_local(config, run_dir, resume, world_size, console)
+    return run_local(config, run_dir, resume, world_size, console, launch=again)
+
+
+def _train_ray(
+    config: "RunConfig",
+    run_dir: Path,
+    resume: str,
+    nproc: int | None,
+    environment: Mapping[str, str],
+    console: "Console",
+    again: Sequence[str],
+) -> int:
+    from everstep.cluster.ray_address import ray_address, require_ray
+    from everstep.machine import visible_gpus
+
+    require_ray()
+    address = ray_address(config.launch, environment)
+    if address is None:
+        gpus = visible_gpus(environment)
+        world_size, device = _plan_ranks(config, nproc, len(gpus), "this host", console)
+        used = gpus[:world_size] if device == "cuda" else []
+
+        from everstep.cluster.ray_run import run_on_own_ray
+
+        return run_on_own_ray(config, run_dir, resume, world_size, console, gpus=used, launch=again)
+    from everstep.cluster.ray_run import run_in_cluster
+
+    return run_in_cluster(
+        config,
+        run_dir,
+        resume,
+        address,
+        console,
+        plan=lambda gpus: _plan_ranks(config, nproc, gpus, "the Ray cluster", console),
+        launch=again,
+    )
+
+
+def _plan_ranks(
+    config: "RunConfig", nproc: int | None, gpus: int, where: str, console: "Console"
+) -> tuple[int, str]:
+    """Number of ranks and their device, where there are ``gpus``. Raises ConfigError."""
+    from everstep.trainer.mesh_shape import check_config, local_device, resolve_mesh, world_size_of
+
+    world_size = world_size_of(config.mesh, nproc, gpus)
+    check_config(config, resolve_mesh(config.mesh, world_size))
+    device = local_device(config.parallel.device, gpus, world_size, where)
+    if gpus and config.parallel.device == "auto" and device == "cpu":
+        console.print(
+            f"training on the CPU: each of the {world_size} ranks needs a GPU of its own, and "
+            f"{where} has {gpus}",
+            soft_wrap=True,
+        )
+    return world_size, device
 
 
 def _train_external(

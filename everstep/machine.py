@@ -135,17 +135,24 @@ def read_limits() -> Limits:
 
 def count_gpus(environment: Mapping[str, str] = os.environ, devices: Path = Path("/dev")) -> int:
     """NVIDIA GPUs that a CUDA program started now would see; takes microseconds."""
+    return len(visible_gpus(environment, devices))
+
+
+def visible_gpus(
+    environment: Mapping[str, str] = os.environ, devices: Path = Path("/dev")
+) -> list[str]:
+    """Names of the GPUs that a CUDA program would see, as CUDA_VISIBLE_DEVICES has them."""
     present = len([d for d in devices.glob("nvidia[0-9]*") if d.name[6:].isdigit()])
     visible = environment.get("CUDA_VISIBLE_DEVICES")
     if visible is None:
-        return present
-    named = [entry.strip() for entry in visible.split(",")]
-    usable = 0
-    for entry in named:  # CUDA ignores everything after the first entry that names no device
+        return [str(index) for index in range(present)]
+    usable = []
+    for entry in (name.strip() for name in visible.split(",")):
+        # CUDA ignores everything after the first entry that names no device
         if not entry or (not entry.isdigit() and not entry.startswith(("GPU-", "MIG-"))):
             break
-        usable += 1
-    return min(usable, present)
+        usable.append(entry)
+    return usable[:present]
 
 
 def read_gpus() -> tuple[Gpu, ...]:

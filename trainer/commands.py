@@ -1,14 +1,28 @@
 """Commands that are suggested to the user, ready to be pasted into a shell."""
 
+import os
 import shlex
+from collections.abc import Sequence
 from pathlib import Path
 
+RESUBMIT_VARIABLE = "EVERSTEP_RESUBMIT"
+"""Set for a run that was submitted to a cluster: the command that did it."""
 
-def resume_command(run_dir: Path, nproc: int | None, *overrides: str) -> str:
+
+def resume_command(
+    run_dir: Path, nproc: int | None, *overrides: str, launch: Sequence[str] = ()
+) -> str:
     """Goes on with a run as it was last configured, whatever the command line was then.
 
-    ``nproc`` is its number of ranks; None where another launcher decides that.
+    ``nproc`` is its number of ranks; None where another launcher decides that. ``launch`` are
+    options such as ``--launcher`` that were given, and are to be given again. A run that was
+    submitted to a cluster is submitted again.
     """
+    submitted = os.environ.get(RESUBMIT_VARIABLE)
+    if submitted:
+        changed = {override.partition("=")[0] for override in overrides}
+        words = [word for word in shlex.split(submitted) if word.partition("=")[0] not in changed]
+        return shlex.join([*words, *overrides])
     words = ["everstep", "train", str(run_dir / "config.yaml"), *overrides]
-    words += ["--run-dir", str(run_dir)]
+    words += ["--run-dir", str(run_dir), *launch]
     return shlex.join(words if nproc is None else [*words, "--nproc", str(nproc)])

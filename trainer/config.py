@@ -272,10 +272,27 @@ class MetricsConfig(Section):
 
 
 class LaunchConfig(Section):
-    """How ranks are started by the local launcher."""
+    """How ranks are started, on this host (``local``) or in a Ray cluster (``ray``)."""
 
     port: int = Field(default=0, ge=0, le=65535)
     """Port of the rendezvous store; 0 = any free one."""
+    address: str | None = None
+    """Ray cluster to join: 'host:port', or 'auto' for the one this host is part of; none = the one
+    that the variable RAY_ADDRESS names, or else a Ray of this run's own, on this host."""
+    simulated_nodes: int = Field(default=1, ge=1)
+    """Nodes that a Ray of this run's own pretends to have."""
+    placement: Literal["pack", "spread", "strict_pack", "strict_spread"] = "pack"
+    """How Ray lays ranks on nodes: as few or as many nodes as possible; strict = or not at all."""
+    cpus_per_rank: float = Field(default=1.0, ge=0)
+    """Logical CPUs that Ray reserves for each rank."""
+    resources_per_rank: dict[str, float] = Field(default_factory=dict)
+    """Custom resources that Ray reserves for each rank."""
+    failure_domain_label: str | None = None
+    """Label of Ray's nodes that says what fails together (rack, switch); none = each on its own."""
+    place_timeout_s: float = Field(default=300.0, gt=0)
+    """Seconds to wait for resources of a Ray cluster that others use now."""
+    wait_for_nodes: bool = False
+    """Wait for resources that a Ray cluster does not have yet, too: its autoscaler adds nodes."""
 
 
 class RunConfig(Section):

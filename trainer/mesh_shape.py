@@ -100,10 +100,10 @@ def resolve_mesh(mesh: MeshConfig, world_size: int) -> MeshShape:
 
 
 def world_size_of(mesh: MeshConfig, nproc: int | None, gpus: int) -> int:
-    """Ranks that the local launcher starts.
+    """Ranks that this command starts; ``gpus`` are those of this host, or of the cluster joined.
 
     ``nproc`` where the user gave it; else what an explicit mesh asks for; else, with
-    ``dp_shard: auto``, as many as fill the host's GPUs, and one shard where there are none.
+    ``dp_shard: auto``, as many as fill the GPUs, and one shard where there are none.
     """
     if nproc is not None:
         return nproc
@@ -112,8 +112,8 @@ def world_size_of(mesh: MeshConfig, nproc: int | None, gpus: int) -> int:
     return _others(mesh) * max(1, gpus // _others(mesh))
 
 
-def local_device(device: str, gpus: int, world_size: int) -> str:
-    """'cpu' or 'cuda' for ranks that all run on this host; each needs a GPU of its own.
+def local_device(device: str, gpus: int, world_size: int, where: str = "this host") -> str:
+    """'cpu' or 'cuda' for ranks that share ``gpus``; each needs a GPU of its own.
 
     ``auto`` with too few GPUs means the CPU; asking for ``cuda`` then is a ConfigError.
     """
@@ -121,7 +121,7 @@ def local_device(device: str, gpus: int, world_size: int) -> str:
         return "cpu"
     if gpus < world_size:
         raise ConfigError(
-            f"parallel.device=cuda with {world_size} ranks needs a GPU for each, but this host "
+            f"parallel.device=cuda with {world_size} ranks needs a GPU for each, but {where} "
             f"has {gpus}: use a smaller mesh, or parallel.device=cpu"
         )
     return "cuda"

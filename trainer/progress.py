@@ -114,6 +114,12 @@ class ProgressView:
         """What is going on before the first step; only a live view shows it."""
         self._status = text
 
+    def announce(self, text: str) -> None:
+        """What is waited for, said often: a line for each new text where there is no live view."""
+        if text != self._status and self._live is None:
+            self.line(text)
+        self._status = text
+
     def show(self, report: Report, now_s: float) -> None:
         """Take in a report; steps update the view, others may get a line of their own."""
         if report["kind"] == "step":

@@ -1,6 +1,6 @@
 """What a launcher tells one rank: plain data, so that any launcher can send it anywhere."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -38,3 +38,7 @@ class RankSpec:
     """'auto', 'never', or the step to resume from."""
     store: str | None
     """'host:port' of the launcher's TCPStore; None: rendezvous from the environment (env://)."""
+    device: str | None = None
+    """The device that the launcher has reserved: 'cpu' or 'cuda:0'; None: by what is seen here."""
+    launch: Sequence[str] = ()
+    """Options that start this run again in the same way, such as ('--launcher', 'local')."""

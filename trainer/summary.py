@@ -3,7 +3,7 @@
 import math
 import shlex
 import textwrap
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -19,10 +19,17 @@ WIDTH = 98
 SAMPLE_LINES = 12
 
 
-def summarise(run: "Run", run_dir: Path, nproc: int | None, sample: str | None) -> list[str]:
+def summarise(
+    run: "Run",
+    run_dir: Path,
+    nproc: int | None,
+    sample: str | None,
+    launch: Sequence[str] = (),
+) -> list[str]:
     """The closing lines of a run that has done all its steps.
 
-    ``nproc`` is what to suggest for ``--nproc``; None where another launcher decides.
+    ``nproc`` is what to suggest for ``--nproc``; None where another launcher decides. ``launch``
+    are options that start the run in the same way.
     """
     config, corpus = run.config, run.corpus
     tokens = config.train.steps * config.data.global_batch * config.data.seq_len
@@ -50,7 +57,7 @@ def summarise(run: "Run", run_dir: Path, nproc: int | None, sample: str | None) 
     )
     if sample is not None:
         lines += ["", "What it writes now:", *_indent(sample)]
-    more = resume_command(run_dir, nproc, f"train.steps={2 * config.train.steps}")
+    more = resume_command(run_dir, nproc, f"train.steps={2 * config.train.steps}", launch=launch)
     lines += [
         "",
         f"Everything is in {run_dir}/",

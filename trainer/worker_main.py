@@ -141,12 +141,17 @@ def _run(
             )
         sample = _sample(run)
         nproc = spec.world_size if spec.store else None
-        say("summary", lines=summarise(run, run_dir, nproc, sample))
+        say("summary", lines=summarise(run, run_dir, nproc, sample, spec.launch))
         say("done", step=run.done_steps)
         return EXIT_DONE
 
 
 def _choose_device(config: RunConfig, spec: RankSpec) -> torch.device:
+    if spec.device is not None:
+        device = torch.device(spec.device)
+        if device.type == "cuda":
+            torch.cuda.set_device(device)
+        return device
     gpus = torch.cuda.device_count()
     if local_device(config.parallel.device, gpus, spec.local_world_size) == "cpu":
         return torch.device("cpu")

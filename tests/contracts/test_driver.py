@@ -10,15 +10,17 @@ import pytest
 
 from everstep.cluster.driver import ClusterDriver, DriverEvent, RankExit, Reported
 from everstep.cluster.local_driver import LocalDriver
+from everstep.trainer.config import LaunchConfig
 from tests.support.fake_driver import InMemoryDriver, specs_for
 
-LIMIT_S = 20.0
+LIMIT_S = 60.0
 Open = Callable[[str], ClusterDriver]
 
 
-@pytest.fixture(params=["local", "memory"])
+@pytest.fixture(params=["local", "memory", pytest.param("ray", marks=pytest.mark.ray)])
 def open_driver(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Open]:
     """Opens a driver for a fake worker by its name, and closes it at the end."""
+    joined = request.getfixturevalue("joined_ray") if request.param == "ray" else None
     with ExitStack() as stack:
 
         def open_one(worker: str) -> ClusterDriver:
@@ -26,6 +28,19 @@ def open_driver(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Open
             driver: ClusterDriver
             if request.param == "local":
                 driver = LocalDriver(tmp_path, target=target, preload=[], store_port=None)
+            elif joined is not None:
+                from everstep.cluster.ray_driver import RayDriver
+
+                (tmp_path / "logs").mkdir(exist_ok=True)
+                driver = RayDriver(
+                    lambda _: joined,
+                    tmp_path,
+                    name="contract",
+                    launch=LaunchConfig(),
+                    target=target,
+                    preload=[],
+                    store=False,
+                )
             else:
                 driver = InMemoryDriver(target)
             stack.callback(driver.close)

@@ -7,7 +7,7 @@ import subprocess
 import sys
 import time
 import uuid
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -19,11 +19,20 @@ _MARK = "EVERSTEP_TEST_MARK"
 class Command:
     """One run of ``python -m everstep``, in a process group of its own."""
 
-    def __init__(self, args: Sequence[str], cwd: Path, launcher: Sequence[str] = ()) -> None:
+    def __init__(
+        self,
+        args: Sequence[str],
+        cwd: Path,
+        launcher: Sequence[str] = (),
+        variables: Mapping[str, str] | None = None,
+    ) -> None:
         self._mark = uuid.uuid4().hex
         front = [*launcher] if launcher else [sys.executable]
+        if args[:1] == ("train",) and not launcher and "--launcher" not in args:
+            args = [*args, "--launcher", "local"]  # Ray, where a test does not ask for it, is slow
         environment = {k: v for k, v in os.environ.items() if k not in _RANK_VARIABLES}
         environment |= {_MARK: self._mark, "COLUMNS": "100", "PYTHONUNBUFFERED": "1"}
+        environment |= variables or {}
         root = str(Path(__file__).resolve().parents[2])
         environment["PYTHONPATH"] = os.pathsep.join(
             filter(None, [str(cwd), root, os.environ.get("PYTHONPATH")])
@@ -87,18 +96,28 @@ class Command:
 
 
 @contextmanager
-def command(*args: str, cwd: Path, launcher: Sequence[str] = ()) -> Iterator[Command]:
+def command(
+    *args: str,
+    cwd: Path,
+    launcher: Sequence[str] = (),
+    variables: Mapping[str, str] | None = None,
+) -> Iterator[Command]:
     """Start the command line; whatever happens, nothing of it runs on afterwards."""
-    started = Command(args, cwd, launcher)
+    started = Command(args, cwd, launcher, variables)
     try:
         yield started
     finally:
         started.kill_all()
 
 
-def run(*args: str, cwd: Path, timeout_s: float = DEADLINE_S) -> tuple[int, str]:
+def run(
+    *args: str,
+    cwd: Path,
+    timeout_s: float = DEADLINE_S,
+    variables: Mapping[str, str] | None = None,
+) -> tuple[int, str]:
     """Exit code and output of a command that ends by itself and leaves nothing behind."""
-    with command(*args, cwd=cwd) as started:
+    with command(*args, cwd=cwd, variables=variables) as started:
         code = started.wait(timeout_s)
         started.assert_nothing_left()
         return code, started.output

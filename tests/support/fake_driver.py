@@ -6,7 +6,15 @@ import threading
 import time
 from collections.abc import Sequence
 
-from everstep.cluster.driver import DriverEvent, Placement, RankExit, Reported, Seat
+from everstep.cluster.driver import (
+    DriverEvent,
+    Placement,
+    RankExit,
+    Reported,
+    Seat,
+    Waiting,
+    wait_silently,
+)
 from everstep.cluster.worker_shell import work
 from everstep.trainer.rank_spec import RankSpec, Report
 
@@ -26,7 +34,7 @@ class InMemoryDriver:
         self._killed = threading.Event()
         self.calls: list[str] = []
 
-    def place(self, world_size: int) -> Placement:
+    def place(self, world_size: int, waiting: Waiting = wait_silently) -> Placement:
         seat_of = [
             Seat(host="memory", local_rank=rank, local_world_size=world_size)
             for rank in range(world_size)

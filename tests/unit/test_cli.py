@@ -4,7 +4,7 @@ import os
 import subprocess
 import sys
 import types
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,17 +22,52 @@ RANK_VARIABLES = ("RANK", "WORLD_SIZE", "SLURM_PROCID", "SLURM_STEP_ID", "CUDA_V
 
 
 class FakeLaunchers:
-    """Stands in for both launchers and notes what it was called with."""
+    """Stands in for all launchers and notes what it was called with."""
 
     def __init__(self) -> None:
         self.calls: list[tuple[Any, ...]] = []
         self.code = 0
         self.error: Exception | None = None
+        self.gpus = 0
+        self.again: list[str] = []
 
     def run_local(
-        self, config: RunConfig, run_dir: Path, resume: str, world_size: int, console: object
+        self,
+        config: RunConfig,
+        run_dir: Path,
+        resume: str,
+        world_size: int,
+        console: object,
+        launch: Sequence[str],
     ) -> int:
+        self.again = list(launch)
         return self._called("local", config, run_dir, resume, world_size)
+
+    def run_on_own_ray(
+        self,
+        config: RunConfig,
+        run_dir: Path,
+        resume: str,
+        world_size: int,
+        console: object,
+        gpus: Sequence[str],
+        launch: Sequence[str],
+    ) -> int:
+        self.again = list(launch)
+        return self._called("ray", config, run_dir, resume, world_size)
+
+    def run_in_cluster(
+        self,
+        config: RunConfig,
+        run_dir: Path,
+        resume: str,
+        address: str,
+        console: object,
+        plan: Callable[[int], tuple[int, str]],
+        launch: Sequence[str],
+    ) -> int:
+        self.again = list(launch)
+        return self._called("cluster", config, run_dir, resume, address, plan(self.gpus))
 
     def run_external(self, config: RunConfig, run_dir: Path, resume: str, console: object) -> int:
         return self._called("external", config, run_dir, resume)
@@ -47,13 +82,25 @@ class FakeLaunchers:
 @pytest.fixture
 def launchers(monkeypatch: pytest.MonkeyPatch) -> FakeLaunchers:
     fake = FakeLaunchers()
-    for module, function in (("controller", "run_local"), ("external", "run_external")):
+    functions = {
+        "controller": ["run_local"],
+        "external": ["run_external"],
+        "ray_run": ["run_on_own_ray", "run_in_cluster"],
+    }
+    for module, names in functions.items():
         stand_in = types.ModuleType(f"everstep.cluster.{module}")
-        setattr(stand_in, function, getattr(fake, function))
+        for name in names:
+            setattr(stand_in, name, getattr(fake, name))
         monkeypatch.setitem(sys.modules, stand_in.__name__, stand_in)
-    for name in RANK_VARIABLES:
+    for name in (*RANK_VARIABLES, "RAY_ADDRESS"):
         monkeypatch.delenv(name, raising=False)
+    install_ray(monkeypatch, False)
     return fake
+
+
+def install_ray(monkeypatch: pytest.MonkeyPatch, installed: bool) -> None:
+    """Make it seem that ray is installed, or not."""
+    monkeypatch.setattr("everstep.cluster.ray_address.ray_installed", lambda: installed)
 
 
 def run(*arguments: str) -> int:
@@ -79,6 +126,56 @@ def test_train_starts_the_local_launcher(launchers: FakeLaunchers) -> None:
     assert run("train", "demo", "train.steps=7", "optim.lr=1e-2") == 0
     config = load_config("demo", ["train.steps=7", "optim.lr=1e-2"])
     assert launchers.calls == [("local", config, Path("runs/demo"), "auto", 4)]
+
+
+def test_several_ranks_go_to_ray_where_it_is_installed(
+    launchers: FakeLaunchers, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    install_ray(monkeypatch, True)
+    assert run("train", "demo") == 0
+    assert launchers.calls[-1] == ("ray", load_config("demo"), Path("runs/demo"), "auto", 4)
+    assert launchers.again == []
+    assert run("train", "debug_single") == 0
+    assert launchers.calls[-1][0] == "local"
+    assert run("train", "debug_single", "--launcher", "ray") == 0
+    assert launchers.calls[-1][0] == "ray"
+    assert launchers.again == ["--launcher", "ray"]
+    assert run("train", "demo", "--launcher", "local") == 0
+    assert launchers.calls[-1][0] == "local"
+    assert launchers.again == ["--launcher", "local"]
+
+
+def test_a_cluster_is_joined_by_address(
+    launchers: FakeLaunchers, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    install_ray(monkeypatch, True)
+    assert run("train", "debug_single", "--address", "head:6379") == 0
+    config = load_config("debug_single", ["launch.address=head:6379"])
+    directory = Path("runs/debug_single")
+    one = (1, "cpu")
+    assert launchers.calls[-1] == ("cluster", config, directory, "auto", "head:6379", one)
+    assert run("train", "debug_single", "launch.address=auto") == 0
+    assert launchers.calls[-1][4] == "auto"
+    monkeypatch.setenv("RAY_ADDRESS", "other:1234")
+    assert run("train", "debug_single") == 0
+    assert launchers.calls[-1][4] == "other:1234"
+    assert run("train", "debug_single", "--launcher", "local") == 0
+    assert launchers.calls[-1][0] == "local"
+
+
+def test_auto_shards_fill_the_gpus_of_the_cluster(
+    launchers: FakeLaunchers, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    install_ray(monkeypatch, True)
+    launchers.gpus = 17
+    auto = ("demo", "mesh.dp_shard=auto", "--address", "auto")
+    assert run("train", *auto) == 0
+    assert launchers.calls[-1][5] == (16, "cuda")
+    assert run("train", *auto, "parallel.device=cpu", "--nproc", "4") == 0
+    assert launchers.calls[-1][5] == (4, "cpu")
+    launchers.gpus = 0
+    assert run("train", *auto) == 0
+    assert launchers.calls[-1][5] == (2, "cpu")
 
 
 def test_train_passes_options_on(launchers: FakeLaunchers, tmp_path: Path) -> None:
@@ -132,6 +229,9 @@ def test_a_mesh_that_does_not_fit_torchrun(
         (["demo", "data.seq_len=255"], "data.seq_len=255 cannot be divided over mesh.tp=2"),
         (["nowhere.yaml"], "no config 'nowhere.yaml': neither a file nor a packaged config"),
         (["demo", "parallel.device=cuda"], "needs a GPU for each, but this host has "),
+        (["demo", "--launcher", "ray"], "which is not installed: pip install 'everstep[ray]'"),
+        (["demo", "--address", "head:6379"], "which is not installed: pip install "),
+        (["demo", "--launcher", "local", "--address", "a:1"], "and --launcher local uses none"),
     ],
 )
 def test_what_cannot_run_is_one_sentence_and_exit_code_2(
@@ -148,6 +248,44 @@ def test_what_cannot_run_is_one_sentence_and_exit_code_2(
     assert output.err.startswith("error: ")
     assert sentence in output.err
     assert output.err.count("\n") == 1
+    assert launchers.calls == []
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (
+            ["--address", "ray://head:10001"],
+            "use everstep submit CONFIG --address http://HEAD:8265",
+        ),
+        (
+            ["--address", "http://head:8265"],
+            "use everstep submit CONFIG --address http://HEAD:8265",
+        ),
+        (["--address", "head"], "launch.address: got 'head', expected 'host:port'"),
+        (["--address", "head:0"], "launch.address: got 'head:0', expected 'host:port'"),
+        (
+            ["parallel.device=cuda", "--launcher", "ray"],
+            "needs a GPU for each, but this host has 0",
+        ),
+        (["--nproc", "3", "--launcher", "ray"], "needs 4 ranks, but there are 3"),
+        (["parallel.device=cuda", "--address", "auto"], "but the Ray cluster has 0"),
+    ],
+)
+def test_what_ray_cannot_run_is_one_sentence_and_exit_code_2(
+    launchers: FakeLaunchers,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    arguments: Sequence[str],
+    sentence: str,
+) -> None:
+    install_ray(monkeypatch, True)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    assert run("train", "demo", *arguments) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ")
+    assert sentence in error
+    assert error.count("\n") == 1
     assert launchers.calls == []
 
 
@@ -229,7 +367,7 @@ def test_version(capsys: pytest.CaptureFixture[str]) -> None:
         ([], ["Start here:", "everstep train demo", "doctor"]),
         (
             ["train"],
-            ["--launcher", "--nproc N", "--resume auto|never|STEP", "--run-dir", "torchrun"],
+            ["--launcher", "--address", "--nproc N", "--resume auto|never|STEP", "torchrun"],
         ),
         (["config"], ["list", "show"]),
         (["config", "show"], ["CONFIG", "KEY=VALUE", "--nproc"]),

@@ -33,14 +33,16 @@ from everstep.trainer.errors import ConfigError
 )
 def test_who_started_this_process(environment: dict[str, str], world_size: int | None) -> None:
     assert external_world_size(environment) == world_size
-    chosen = choose_launcher(Launcher.AUTO, environment)
-    assert chosen is (Launcher.LOCAL if world_size is None else Launcher.EXTERNAL)
+    for wants_ray, otherwise in ((False, Launcher.LOCAL), (True, Launcher.RAY)):
+        chosen = choose_launcher(Launcher.AUTO, environment, lambda answer=wants_ray: answer)
+        assert chosen is (otherwise if world_size is None else Launcher.EXTERNAL)
 
 
-@pytest.mark.parametrize("asked", [Launcher.LOCAL, Launcher.EXTERNAL])
-def test_an_explicit_launcher_wins(asked: Launcher) -> None:
-    assert choose_launcher(asked, {}) is asked
-    assert choose_launcher(asked, {"RANK": "0", "WORLD_SIZE": "2"}) is asked
+@pytest.mark.parametrize("asked", [Launcher.LOCAL, Launcher.RAY, Launcher.EXTERNAL])
+@pytest.mark.parametrize("wants_ray", [False, True])
+def test_an_explicit_launcher_wins(asked: Launcher, wants_ray: bool) -> None:
+    for environment in ({}, {"RANK": "0", "WORLD_SIZE": "2"}):
+        assert choose_launcher(asked, environment, lambda: wants_ray) is asked
 
 
 @pytest.mark.parametrize("resume", ["auto", "never", "0", "1200"])

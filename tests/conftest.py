@@ -1,0 +1,40 @@
+"""What all tests share: a Ray cluster, started when the first of them asks for it."""
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+import pytest
+
+if TYPE_CHECKING:
+    from everstep.cluster.ray_cluster import RayCluster
+    from everstep.cluster.ray_nodes import OwnRay
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """With several test processes, one of them runs all tests that need Ray: one cluster."""
+    for item in items:
+        if item.get_closest_marker("ray"):
+            item.add_marker(pytest.mark.xdist_group("ray"))
+
+
+@pytest.fixture(scope="session")
+def ray_nodes(tmp_path_factory: pytest.TempPathFactory) -> Iterator["OwnRay"]:
+    """Two nodes with three CPUs each, and a dashboard that takes jobs; nobody may kill a node."""
+    from tests.support.ray_cluster import ray_cluster
+
+    with ray_cluster(tmp_path_factory.mktemp("ray") / "ray.log", dashboard=True) as started:
+        yield started
+
+
+@pytest.fixture(scope="module")
+def joined_ray(ray_nodes: "OwnRay") -> Iterator["RayCluster"]:
+    """This process as a driver of ``ray_nodes``; leaving it does nothing until the module ends."""
+    from everstep.cluster.ray_cluster import RayCluster, join
+    from tests.support.ray_cluster import variables
+
+    class Kept(RayCluster):
+        def leave(self) -> None:
+            pass
+
+    with variables(ray_nodes.environment), join(ray_nodes.address) as joined:
+        yield Kept(joined.address)
