@@ -44,7 +44,7 @@ from torch.utils.data import BatchSampler, DataLoader, Dataset, RandomSampler
 from everstep.machine import read_cpu
 from everstep.trainer.config import DataConfig
 from everstep.trainer.config_load import load_config
-from everstep.trainer.data import Corpus, TrainStream, open_corpus
+from everstep.trainer.data import Corpus, CorpusPart, TrainStream, open_corpus
 from everstep.trainer.data.prefetch import prefetched
 from everstep.trainer.data.tokenizer import BytesTokenizer
 from everstep.trainer.engine import TorchEngine, sum_over_ranks
@@ -76,18 +76,16 @@ class Size:
 
 def corpus_of(tokens: Any) -> Corpus:
     """A corpus of mapped tokens, all for training."""
-    return Corpus(
+    part = CorpusPart(
         name="random",
         tokens_train=tokens,
         tokens_held_out=tokens[:0],
         digest="random",
         text_digest="random",
-        tokenizer_digest="random",
         documents=1,
         text_bytes=tokens.nbytes,
-        skipped=(),
-        tokenizer=BytesTokenizer(),
     )
+    return Corpus(parts=(part,), tokenizer_digest="random", tokenizer=BytesTokenizer())
 
 
 class MappedTokens(Dataset[torch.Tensor]):

@@ -77,7 +77,7 @@ def speed_words(speed: Mapping[str, float]) -> str:
     share = f" ({100 * speed['mfu']:.1f} % MFU)" if "mfu" in speed else ""
     return (
         f"{short_number(speed['tokens_per_s'])} tokens/s, "
-        f"{short_number(speed['tflops_per_s'] * TERA)}FLOP/s per device{share}, "
+        f"{short_number(speed['tflops_per_s'] * TERA)} FLOP/s per device{share}, "
         f"{short_bytes(int(speed['peak_memory_bytes']))} at most on rank 0"
     )
 

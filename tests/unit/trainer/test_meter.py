@@ -79,6 +79,6 @@ def test_memory_is_the_highest_so_far() -> None:
 def test_speed_in_words_fits_the_summary(share: dict[str, float]) -> None:
     values = {"tokens_per_s": 1.234e9, "tflops_per_s": 1234.5, "peak_memory_bytes": 1023.9 * 2**30}
     words = speed_words(values | share)
-    assert words.startswith("1.23G tokens/s, 1.23PFLOP/s per device")
+    assert words.startswith("1.23G tokens/s, 1.23P FLOP/s per device")
     assert ("42.1 % MFU" in words) == bool(share)
     assert len("  speed        " + words) <= WIDTH
