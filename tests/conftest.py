@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from everstep.cluster.ray_nodes import OwnRay
 
 
+@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """With several test processes, one of them runs all tests that need Ray: one cluster."""
     for item in items:
