@@ -32,7 +32,7 @@ _LOST_PEER_TEXT = re.compile(
     re.IGNORECASE,
 )
 _MEMORY_ERRORS = frozenset({"OutOfMemoryError", "MemoryError"})
-_LESS_MEMORY = (
+LESS_MEMORY = (
     "use a smaller data.micro_batch, parallel.activation_checkpointing=true, or more ranks"
 )
 _HUNG = (
@@ -40,7 +40,7 @@ _HUNG = (
     "which, or raise parallel.timeout_s"
 )
 _SIGNAL_ADVICE = {
-    "SIGKILL": f"often the out-of-memory killer: {_LESS_MEMORY}",
+    "SIGKILL": f"often the out-of-memory killer: {LESS_MEMORY}",
     "SIGSEGV": "a crash in native code: its log shows where",
     "SIGABRT": "native code gave up: its log shows why",
     "SIGBUS": "often a full /dev/shm or disk: make room, and start again",
@@ -143,7 +143,7 @@ def _from_error(error: Mapping[str, Any]) -> _Failure:
         detail = one_line(message)
         sentence = f"failed with {type_name}: {detail}" if detail else f"failed with {type_name}"
         if type_name in _MEMORY_ERRORS or "can't allocate memory" in message:
-            sentence = f"{sentence.rstrip('.')}; {_LESS_MEMORY}"
+            sentence = f"{sentence.rstrip('.')}; {LESS_MEMORY}"
         elif "No space left on device" in message:
             sentence = f"{sentence}; make room on that disk, and start again"
         elif "timed out" in message.lower() and error_lost_peer(type_name, message):

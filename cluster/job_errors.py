@@ -33,8 +33,8 @@ class ClusterUnreachableError(ClusterError):
     def __str__(self) -> str:
         return (
             f"no cluster answers at {self.address} ({self.why}): --address is the dashboard of its "
-            "head node, such as http://HEAD:8265, which has to be reachable from here (docs: "
-            "clusters.md, ports)"
+            "head node, such as http://HEAD:8265, which has to be reachable from here (see "
+            "docs/clusters.md)"
         )
 
 
@@ -107,6 +107,20 @@ class UnknownJobError(ClusterError):
         hint = f"did you mean {' or '.join(self.near)}?" if self.near else "`everstep status` lists"
         return f"the cluster has no job {self.job_id!r}; {hint}" + (
             "" if self.near else " those that it has"
+        )
+
+
+class ForeignJobError(ClusterError):
+    """A job of somebody else's making: it would not know how to stop."""
+
+    def __init__(self, job_id: str) -> None:
+        super().__init__(job_id)
+        self.job_id = job_id
+
+    def __str__(self) -> str:
+        return (
+            f"{self.job_id} was not submitted by everstep, and would not save when it is stopped: "
+            f"`ray job stop {self.job_id}` ends it"
         )
 
 

@@ -9,6 +9,8 @@ from everstep.cluster.job_errors import ConnectionLostError
 from everstep.cluster.job_record import PENDING, JobLog, JobRecord, JobServer
 
 POLL_S = 1.0
+NO_STREAM_S = 5.0
+"""Pause between looks at the whole log, where it cannot be had as a stream."""
 RECONNECT_S = 60.0
 """How long a connection that broke is tried again, from the last answer on."""
 IDLE_S = 120.0
@@ -77,14 +79,18 @@ class Follower:
     async def _follow(self) -> JobRecord:
         record = await self._wait_for_start()
         while not record.ended:
+            pause_s = POLL_S
             try:
-                await self._read()
+                if not await self._streamed():
+                    pause_s = NO_STREAM_S
+                    self._show_log()
                 record = self._get()
             except ConnectionLostError as error:
                 self._bear(error)
             if not record.ended:
-                await self._sleep(POLL_S)
-        await self._read_rest()
+                await self._sleep(pause_s)
+        with contextlib.suppress(ConnectionLostError):  # how the job ended is known
+            self._show_log()
         for line in self._log.finish():
             self._show(line)
         return record
@@ -112,22 +118,25 @@ class Follower:
         self._answered()
         return record
 
-    async def _read(self) -> None:
-        """Show output until the stream ends or brings nothing for long."""
+    async def _streamed(self) -> bool:
+        """Show output until the stream ends or brings nothing for long; False when it broke."""
         self._log.rewind()
         stream = self._server.tail(self._job_id)
-        async with contextlib.aclosing(_pieces(stream, self._idle_s)) as pieces:
-            async for piece in pieces:
-                self._answered()
-                for line in self._log.feed(piece):
-                    self._show(line)
+        try:
+            async with contextlib.aclosing(_pieces(stream, self._idle_s)) as pieces:
+                async for piece in pieces:
+                    self._answered()
+                    for line in self._log.feed(piece):
+                        self._show(line)
+        except ConnectionLostError:
+            return False
+        return True
 
-    async def _read_rest(self) -> None:
-        """What was written between the end of the stream and that of the job."""
-        with contextlib.suppress(ConnectionLostError):  # the job is known to have ended
-            self._log.rewind()
-            for line in self._log.feed(self._server.log(self._job_id)):
-                self._show(line)
+    def _show_log(self) -> None:
+        """Show what the log has by now; gateways let this through where they let no stream."""
+        self._log.rewind()
+        for line in self._log.feed(self._server.log(self._job_id)):
+            self._show(line)
 
     def _answered(self) -> None:
         self._answered_at_s = self._clock()

@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import Any
 
 from everstep.cluster import rendezvous
-from everstep.cluster.causes import one_line
 from everstep.cluster.driver import (
     Broken,
     DriverEvent,
@@ -38,10 +37,10 @@ from everstep.cluster.ray_plan import (
     bundle_of,
     lost_with_node,
     rank_order,
-    says_node_died,
     seats_of,
     too_small,
     waiting_words,
+    why_it_died,
 )
 from everstep.cluster.ray_worker import HostSetup, installed_versions, start_log_name
 from everstep.cluster.shared_dir import remove_token, wait_for_ranks, write_token
@@ -337,30 +336,20 @@ class RayDriver:
         import ray
 
         rank = self._ranks.pop(number)
-        message = str(error)
         if self._ending:
             return _lost(number, None)
-        if getattr(error, "actor_init_failed", False):
-            return _lost(
-                number,
-                f"cannot be started on node {rank.node.name} "
-                f"({one_line(message.strip().splitlines()[-1])}): install everstep there, and "
-                "what it needs, as here",
-            )
-        if says_node_died(message) or not _node_answers(rank.node):
-            return _lost(number, lost_with_node(rank.node))
-        if isinstance(error, ray.exceptions.OutOfMemoryError):
-            return _lost(
-                number,
-                f"was killed by Ray because node {rank.node.name} runs out of memory: use a "
-                "smaller data.micro_batch, parallel.activation_checkpointing=true, or more ranks",
-            )
-        return _lost(number, None)
+        why = why_it_died(
+            str(error),
+            rank.node,
+            node_answers=_node_answers(rank.node),
+            begun=not getattr(error, "actor_init_failed", False),
+            out_of_memory=isinstance(error, ray.exceptions.OutOfMemoryError),
+        )
+        return _lost(number, why)
 
     def _ask(self, what: str) -> None:
         for rank in self._ranks.values():
-            with contextlib.suppress(Exception):
-                rank.actor.ask.remote(what)
+            rank.actor.ask.remote(what)
 
 
 def _actor_class() -> Any:
@@ -398,18 +387,19 @@ def _actor_class() -> Any:
 
 
 def _kill(actors: Sequence[Any]) -> None:
-    """End actors that have begun, and those that have not; never waits long."""
+    """End actors, also those that have not begun; never waits long."""
     import ray
-
-    for actor in actors:
-        with contextlib.suppress(Exception):
-            actor.ask.remote("end")
 
     def kill() -> None:
         for actor in actors:
-            ray.kill(actor, no_restart=True)
+            with contextlib.suppress(ray.exceptions.RayError):
+                ray.kill(actor, no_restart=True)
 
-    within(_KILL_S, kill)
+    if within(_KILL_S, kill):
+        return
+    for actor in actors:  # without the cluster's head, actors can still be reached themselves
+        with contextlib.suppress(ray.exceptions.RayError):
+            actor.ask.remote("end")
 
 
 def _node_answers(node: Node) -> bool:

@@ -202,7 +202,10 @@ def _serve(subject: dict[str, Any], report: Reporter, should_stop: StopRequested
         time.sleep(_POLL_S)
         dead = [name for name, _ in started[0].dead_processes()]
         if dead:
-            raise LaunchError(f"the head of this run's Ray ended ({', '.join(dead)})")
+            raise LaunchError(
+                f"the head of this run's Ray ended ({', '.join(dead)}): the same command starts it "
+                "again and goes on from the last checkpoint"
+            )
     return 0
 
 

@@ -4,6 +4,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from everstep.cluster.causes import LESS_MEMORY, one_line
 from everstep.cluster.driver import Seat
 
 _NODE_DIED = ("its node has died", "node died", "node is dead", "node was terminated")
@@ -127,9 +128,28 @@ def seats_of(rank_nodes: Sequence[Node], label: str | None) -> tuple[Seat, ...]:
     )
 
 
-def says_node_died(message: str) -> bool:
-    """Whether Ray's message about a dead actor blames the actor's node."""
-    return any(words in message for words in _NODE_DIED)
+def why_it_died(
+    message: str, node: Node, *, node_answers: bool, begun: bool, out_of_memory: bool
+) -> str | None:
+    """How a rank ended whose actor is dead, to follow 'rank N'; None = something killed it.
+
+    Args:
+        message: of Ray's error.
+        node_answers: the raylet of the actor's node still listens.
+        begun: the actor was created; else ``message`` ends with what went wrong there.
+        out_of_memory: Ray itself killed it, because the node's memory ran out.
+    """
+    if not begun:
+        last = one_line(message.strip().rpartition("\n")[2])
+        return (
+            f"cannot be started on node {node.name} ({last}): install there, as here, everstep and "
+            "what it needs"
+        )
+    if out_of_memory:
+        return f"was killed by Ray because the memory of node {node.name} ran out: {LESS_MEMORY}"
+    if not node_answers or any(words in message for words in _NODE_DIED):
+        return lost_with_node(node)
+    return None
 
 
 def lost_with_node(node: Node) -> str:

@@ -33,9 +33,9 @@ def remove_token(run_dir: Path) -> None:
         (run_dir / TOKEN_NAME).unlink()
 
 
-def check_token(run_dir: Path, token: str, node: str, within_s: float = SEEN_WITHIN_S) -> None:
+def check_token(run_dir: Path, token: str, node: str, within_s: float | None = None) -> None:
     """Raise LaunchError unless this node sees the directory that the controller has marked."""
-    deadline_s = time.monotonic() + within_s
+    deadline_s = time.monotonic() + (SEEN_WITHIN_S if within_s is None else within_s)
     while True:
         try:
             found = (run_dir / TOKEN_NAME).read_text()

@@ -14,7 +14,7 @@ from rich.text import Text
 from everstep import __version__
 from everstep.checkpoint.errors import EverstepError
 from everstep.cluster import exit_codes, job_entry
-from everstep.cluster.job_errors import ConnectionLostError, RunDirTakenError
+from everstep.cluster.job_errors import ConnectionLostError, ForeignJobError, RunDirTakenError
 from everstep.cluster.job_follow import Follower
 from everstep.cluster.job_record import (
     PENDING,
@@ -144,6 +144,8 @@ def stop(job_id: str, *, address: str | None, now: bool, environment: Mapping[st
     """Have a run end, and show how it does; 0 when it stopped, 1 when it had to be killed."""
     server = _open(dashboard_address(address, environment))
     record = server.get(job_id)
+    if not record.is_ours:
+        raise ForeignJobError(record.id)
     if record.ended:
         _say(f"{record.id} has ended already: {state_word(record)}")
         return exit_codes.DONE

@@ -1,18 +1,15 @@
 """Runs submitted to a real Ray cluster of two nodes, through the command line as a user has it."""
 
 import json
-import os
 import sys
 import venv
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
 
 from everstep.cluster.ray_nodes import OwnRay
 from tests.support import cli
-from tests.support.ray_cluster import ray_cluster
-from tests.support.ray_cluster import variables as variables_set
 
 pytestmark = [pytest.mark.ray, pytest.mark.multiproc, pytest.mark.timeout(400)]
 DEADLINE_S = 240.0
@@ -53,20 +50,10 @@ def make(vocab_size, seq_len, width):
 """
 
 
-@pytest.fixture(scope="module")
-def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[OwnRay]:
-    """Two nodes with a job server."""
-    root = str(Path(__file__).resolve().parents[2])
-    path = os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")]))
-    log = tmp_path_factory.mktemp("ray") / "ray.log"
-    with variables_set({"PYTHONPATH": path}), ray_cluster(log, dashboard=True) as ray:
-        yield ray
-
-
 @pytest.fixture
-def variables(cluster: OwnRay) -> dict[str, str]:
+def variables(ray_nodes: OwnRay) -> dict[str, str]:
     """What a command needs to find the cluster and to be let in."""
-    return {**cluster.environment, "RAY_API_SERVER_ADDRESS": cluster.dashboard_url}
+    return {**ray_nodes.environment, "RAY_API_SERVER_ADDRESS": ray_nodes.dashboard_url}
 
 
 @pytest.fixture
@@ -130,7 +117,7 @@ def test_submit_follow_stop_and_submit_again_is_one_uninterrupted_run(
 
 
 def test_wrong_addresses_ids_and_a_python_that_lacks_everything(
-    project: Path, tmp_path: Path, variables: Mapping[str, str], cluster: OwnRay
+    project: Path, tmp_path: Path, variables: Mapping[str, str], ray_nodes: OwnRay
 ) -> None:
     bare = tmp_path / "bare"
     venv.create(bare, with_pip=False, symlinks=True)
@@ -140,7 +127,7 @@ def test_wrong_addresses_ids_and_a_python_that_lacks_everything(
     assert "torch and ray cannot be imported by the job's Python" in output
     assert "runtime env" in output
 
-    gcs = f"http://{cluster.address}"
+    gcs = f"http://{ray_nodes.address}"
     code, output = everstep("status", "--address", gcs, cwd=project, variables=variables)
     assert code == 1
     assert "is not a Ray dashboard" in output

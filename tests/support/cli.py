@@ -28,7 +28,7 @@ class Command:
     ) -> None:
         self._mark = uuid.uuid4().hex
         front = [*launcher] if launcher else [sys.executable]
-        if args[:1] == ("train",) and not launcher and "--launcher" not in args:
+        if args[0] == "train" and not launcher and not {"--launcher", "--address"} & {*args}:
             args = [*args, "--launcher", "local"]  # Ray, where a test does not ask for it, is slow
         environment = {k: v for k, v in os.environ.items() if k not in _RANK_VARIABLES}
         environment |= {_MARK: self._mark, "COLUMNS": "100", "PYTHONUNBUFFERED": "1"}

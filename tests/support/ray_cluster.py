@@ -23,9 +23,12 @@ def ray_cluster(
     processes of the nodes, by id: killing one kills its node. With ``dashboard``,
     ``dashboard_url`` takes jobs.
     """
+    root = str(Path(__file__).resolve().parents[2])  # jobs run elsewhere, with this everstep
+    path = os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")]))
     ray = OwnRay(nodes, log, dashboard=dashboard)
     try:
-        ray.start()
+        with variables({"PYTHONPATH": path}):
+            ray.start()
         yield ray
     finally:
         ray.close()

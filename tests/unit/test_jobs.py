@@ -228,6 +228,15 @@ def test_a_job_that_had_to_be_killed(
     assert "was ended before it could finish its step and save" in words(capsys)[1]
 
 
+def test_jobs_of_others_are_left_alone(
+    server: FakeJobServer, capsys: pytest.CaptureFixture[str]
+) -> None:
+    server.records["theirs"] = JobRecord(id="theirs", status="RUNNING")
+    assert run("stop", "theirs") == 1
+    assert "theirs was not submitted by everstep" in words(capsys)[1]
+    assert server.stopped == []
+
+
 def test_errors_of_the_connection_end_with_1(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -92,6 +92,13 @@ def test_a_killed_rank_gets_advice() -> None:
     assert found.traceback_file is None
 
 
+def test_what_the_driver_knows_comes_before_the_code() -> None:
+    ends = [RankExit(rank=r, code=-9, time_s=r, why="went down with node x") for r in (2, 3)]
+    found = cause([error(0, 0.5, "RuntimeError", GLOO)], ends)
+    assert (found.rank, found.alike) == (2, (3,))
+    assert found.sentence == "rank 2 went down with node x"
+
+
 def test_signals_without_a_name_have_a_number() -> None:
     assert "signal 34" in cause([], [ended(0, 1.0, -34)]).sentence
 

@@ -13,7 +13,14 @@ from rich.console import Console
 
 from everstep.cluster.closing import Outcome
 from everstep.cluster.controller import Controller
-from everstep.cluster.driver import Broken, RankExit, Reported
+from everstep.cluster.driver import (
+    Broken,
+    Placement,
+    RankExit,
+    Reported,
+    Waiting,
+    wait_silently,
+)
 from everstep.cluster.lifecycle import Job, StopAsked
 from everstep.cluster.log_tail import LogTail
 from everstep.cluster.stop_signals import StopSignals
@@ -125,6 +132,37 @@ def test_a_lost_peer_is_not_the_cause(tmp_path: Path) -> None:
     outcome = bench.run()
     assert outcome.cause is not None
     assert outcome.cause.sentence == "rank 1 failed with ValueError: boom"
+
+
+class SlowToPlace(InMemoryDriver):
+    """Waits for room until it is asked to stop, or the room is there."""
+
+    def __init__(self, room_after: int) -> None:
+        super().__init__("tests.support.fake_workers:train")
+        self.room_after = room_after
+
+    def place(self, world_size: int, waiting: Waiting = wait_silently) -> Placement:
+        for _ in range(self.room_after):
+            waiting("waiting for room")
+        return super().place(world_size)
+
+
+def test_waiting_for_a_place_is_shown_once(tmp_path: Path) -> None:
+    bench = Bench(tmp_path, "train")
+    bench.driver = SlowToPlace(room_after=3)
+    assert bench.run().exit_code == 0
+    assert bench.output.getvalue().count("waiting for room") == 1
+    (placement,) = [event for event in bench.events() if event["kind"] == "placement"]
+    assert [seat["local_rank"] for seat in placement["seats"]] == [0, 1]
+
+
+def test_asked_to_stop_while_waiting_for_a_place(tmp_path: Path) -> None:
+    bench = Bench(tmp_path, "train")
+    bench.driver = SlowToPlace(room_after=10**9)
+    bench.signals.queue = [CTRL_C]
+    assert bench.run() == Outcome(exit_code=75)
+    states = [event["state"] for event in bench.events() if event["kind"] == "state"]
+    assert states == ["stopped"]
 
 
 def test_a_broken_driver_ends_the_run(tmp_path: Path) -> None:

@@ -228,6 +228,7 @@ def test_id_taken(monkeypatch: pytest.MonkeyPatch) -> None:
         job_errors.RequestRefusedError("a", "b"),
         job_errors.UnknownJobError("a", ["b"]),
         job_errors.JobIdTakenError("a"),
+        job_errors.ForeignJobError("a"),
         job_errors.RunDirTakenError("a", "b"),
     ],
 )
