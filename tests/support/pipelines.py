@@ -28,7 +28,9 @@ def easy_corpus() -> Corpus:
     tokens = (random.integers(0, 7, 7000) ** 2).astype(np.uint32)
     tokens[random.random(tokens.size) < 0.1] = BytesTokenizer().eos_id
     corpus = counting_corpus(0)
-    return replace(corpus, tokens_train=tokens[:6000], tokens_held_out=tokens[6000:])
+    (part,) = corpus.parts
+    part = replace(part, tokens_train=tokens[:6000], tokens_held_out=tokens[6000:])
+    return replace(corpus, parts=(part,))
 
 
 @dataclass(frozen=True, kw_only=True)
