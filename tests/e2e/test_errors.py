@@ -59,6 +59,7 @@ def test_missing_data(small_run: Path) -> None:
     )
 
 
+@pytest.mark.slow
 def test_flipped_byte_is_named_and_the_older_checkpoint_still_loads(small_run: Path) -> None:
     code, output = cli.run("train", "run.yaml", "--run-dir", "r", *FAST, cwd=small_run)
     assert code == 0, output
@@ -191,6 +192,7 @@ def test_a_model_without_a_row_of_logits_per_token_is_named(small_run: Path) -> 
     )
 
 
+@pytest.mark.slow
 def test_resume_never_and_missing_step_are_refused(small_run: Path) -> None:
     code, output = cli.run("train", "run.yaml", "--run-dir", "r", *FAST, cwd=small_run)
     assert code == 0, output
@@ -200,6 +202,7 @@ def test_resume_never_and_missing_step_are_refused(small_run: Path) -> None:
     assert cli.committed_steps(small_run / "r") == [2, 4]
 
 
+@pytest.mark.slow
 def test_other_text_or_model_cannot_be_resumed(small_run: Path) -> None:
     arguments = ("run.yaml", "--run-dir", "r", *FAST)
     code, output = cli.run("train", *arguments, cwd=small_run)

@@ -51,6 +51,7 @@ def test_killed_and_resumed_equals_uninterrupted(small_run: Path) -> None:
     assert len(superseded) >= 3
 
 
+@pytest.mark.slow
 def test_fewer_ranks_go_on_with_the_same_batches(small_run: Path) -> None:
     straight = train(small_run, "straight", "mesh.dp_shard=4", "mesh.tp=1")
     shrinking = small_run / "shrinking"
@@ -100,6 +101,7 @@ def test_every_layout_resumes_exactly(small_run: Path, mesh: list[str]) -> None:
     assert cli.final_bytes(resumed) == cli.final_bytes(straight)
 
 
+@pytest.mark.slow
 def test_random_generators_of_a_user_model_resume_exactly(small_run: Path) -> None:
     """torch's own dropout draws from the generators that the checkpoint must carry."""
     (small_run / "dropout_model.py").write_text(DROPOUT_MODEL)

@@ -1,4 +1,4 @@
-"""Every packaged debug run gives the losses of one rank, through the command line."""
+"""Every layout gives the losses of one rank, under every driver, through the command line."""
 
 import math
 from importlib import resources
@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from everstep.cluster.ray_nodes import OwnRay
 from everstep.trainer.config_load import load_config
 from tests.support import cli
 
@@ -39,11 +40,20 @@ def one_rank(folder: Path) -> dict[int, float]:
     return train(folder, "debug_single")
 
 
-def train(folder: Path, name: str, *overrides: str) -> dict[int, float]:
-    run_dir = folder / "-".join((name, *overrides))
-    arguments = ("train", name, "--run-dir", str(run_dir), *overrides)
-    code, output = cli.run(*arguments, cwd=folder, timeout_s=200)
-    assert code == 0, output
+def train(
+    folder: Path, name: str, *overrides: str, nodes: OwnRay | None = None
+) -> dict[int, float]:
+    """Losses of a run on this host, or on ``nodes``; run once however often it is asked for."""
+    run_dir = folder / "-".join((name, *overrides, "ray" if nodes else "local"))
+    if not run_dir.exists():
+        arguments = ["train", name, "--run-dir", str(run_dir), *overrides]
+        if nodes is not None:
+            # 8 ranks on the 6 logical CPUs of the nodes, with neighbours on different nodes
+            arguments += ["--address", nodes.address, "launch.cpus_per_rank=0.5"]
+            arguments += ["launch.placement=spread"]
+        variables = nodes.environment if nodes else {}
+        code, output = cli.run(*arguments, cwd=folder, variables=variables, timeout_s=200)
+        assert code == 0, output
     return cli.losses(run_dir)
 
 
@@ -77,3 +87,26 @@ def test_losses_of_one_rank_in_other_pipelines(
     folder: Path, one_rank: dict[int, float], overrides: tuple[str, ...]
 ) -> None:
     assert_losses_of_one_rank(train(folder, "debug_pp2", *overrides), one_rank)
+
+
+@pytest.mark.ray
+@pytest.mark.multiproc
+@pytest.mark.timeout(420)
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("debug_pp2",),
+        *(
+            pytest.param(arguments, marks=pytest.mark.slow)
+            for arguments in [(name,) for name in DEBUG] + [("debug_pp2", *p) for p in PIPELINES]
+            if arguments not in [("debug_single",), ("debug_pp2",)]
+        ),
+    ],
+    ids=" ".join,
+)
+def test_losses_under_ray_are_those_of_the_local_launcher(
+    folder: Path, ray_nodes: OwnRay, arguments: tuple[str, ...]
+) -> None:
+    expected = train(folder, *arguments)
+    assert len(expected) == 20
+    assert train(folder, *arguments, nodes=ray_nodes) == expected

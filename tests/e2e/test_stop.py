@@ -22,7 +22,14 @@ def started(run: cli.Command, run_dir: Path, steps: int = 3) -> None:
     assert run.process.poll() is None, run.output
 
 
-@pytest.mark.parametrize("how", ["ctrl-c", "sigterm", "sigterm to all"])
+@pytest.mark.parametrize(
+    "how",
+    [
+        "ctrl-c",
+        pytest.param("sigterm", marks=pytest.mark.slow),
+        pytest.param("sigterm to all", marks=pytest.mark.slow),
+    ],
+)
 def test_stops_after_the_step_and_goes_on_later(small_run: Path, how: str) -> None:
     run_dir = small_run / "r"
     with cli.command("train", "run.yaml", "--run-dir", "r", *LONG, cwd=small_run) as run:
