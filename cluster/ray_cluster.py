@@ -24,7 +24,8 @@ REACH_S = 15.0
 """Longest time that a cluster may take to answer."""
 SILENT_S = 40.0
 """A cluster whose head has not answered for so long is given up; Ray would abort after 60 s."""
-_LEAVE_S = 10.0
+_LEAVE_S = 60.0
+_LEAVE_LOST_S = 5.0
 _PROBE_EVERY_S = 2.0
 _POLL_S = 0.1
 
@@ -34,6 +35,8 @@ class RayCluster:
 
     def __init__(self, address: str) -> None:
         self.address = address
+        self.left = True
+        """Leaving it did not fail; else threads of Ray hang in this process."""
         self._probed_s = time.monotonic()
         self._answered_s = self._probed_s
 
@@ -95,8 +98,12 @@ class RayCluster:
         """End what this process has in the cluster; may be called twice."""
         import ray
 
-        if ray.is_initialized() and not within(_LEAVE_S, ray.shutdown):
+        if not ray.is_initialized():
+            return
+        limit_s = _LEAVE_S if self.failure() is None else _LEAVE_LOST_S
+        if not within(limit_s, ray.shutdown):
             atexit.unregister(ray.shutdown)  # it would wait there again
+            self.left = False
 
     def __enter__(self) -> "RayCluster":
         return self

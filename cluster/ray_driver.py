@@ -55,6 +55,8 @@ _TAKE_S = 5.0
 _POLL_S = 0.1
 _SHORT_WAIT_S = 2.0
 _KILL_S = 2.0
+_LOOK_S = 3.0
+_LOOK_EVERY_S = 0.3
 _CLOSE_S = 5.0
 RAY_LOG_NAME = "ray.log"
 _STORE_TARGET = "everstep.cluster.rendezvous:serve"
@@ -123,6 +125,8 @@ class RayDriver:
         self._metrics: RunMetrics | None = None
         self._broken = False
         self._ending = False
+        self._look_until_s = float("-inf")
+        self._looked_at_s = float("-inf")
 
     def place(self, world_size: int, waiting: Waiting = wait_silently) -> Placement:
         """Reserve a place for every rank; waits while others use it. Raises LaunchError."""
@@ -179,7 +183,7 @@ class RayDriver:
         """Reports and exits since the last call."""
         import ray
 
-        events = self._broken_events()
+        events = self._broken_events() + self._ranks_of_dead_nodes()
         ranks = {rank.pending: number for number, rank in self._ranks.items()}
         if not ranks:
             if not events:
@@ -287,6 +291,17 @@ class RayDriver:
         self._broken = True
         return [Broken(why)]
 
+    def _ranks_of_dead_nodes(self) -> list[DriverEvent]:
+        """Soon after an error: it may be that of a lost peer, earlier than Ray notices the loss."""
+        now_s = time.monotonic()
+        if self._ending or now_s > self._look_until_s or now_s < self._looked_at_s + _LOOK_EVERY_S:
+            return []
+        self._looked_at_s = now_s
+        nodes = {rank.node.node_id: rank.node for rank in self._ranks.values()}
+        dead = {node_id for node_id, node in nodes.items() if not _node_answers(node)}
+        lost = [n for n, rank in self._ranks.items() if rank.node.node_id in dead]
+        return [_lost(n, lost_with_node(self._ranks.pop(n).node)) for n in lost]
+
     def _hear(self, number: int) -> list[DriverEvent]:
         import ray
 
@@ -305,6 +320,8 @@ class RayDriver:
                 report = message["report"]
                 if number == 0 and report["kind"] == "step" and self._metrics is not None:
                     self._metrics.show(report)
+                elif report["kind"] == "error":
+                    self._look_until_s = time.monotonic() + _LOOK_S
                 events.append(Reported(number, report))
             elif "broken" in message:
                 events.append(Broken(message["broken"]))

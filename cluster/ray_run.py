@@ -1,7 +1,9 @@
 """Runs a config on Ray: in a cluster that exists, or on a Ray of the run's own on this host."""
 
+import contextlib
 import math
 import os
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -51,14 +53,17 @@ def run_on_own_ray(
     ``gpus`` are the GPUs to train on, as CUDA_VISIBLE_DEVICES names them; none = on the CPU.
     """
     nodes = own_nodes(world_size, config.launch, gpus)
+    started: list[RayCluster] = []
 
     def open_driver(prepared: RunDir) -> ClusterDriver:
         def open_cluster(waiting: Waiting) -> RayCluster:
-            return _start_own(nodes, prepared.logs / RAY_LOG_NAME, waiting)
+            started.append(_start_own(nodes, prepared.logs / RAY_LOG_NAME, waiting))
+            return started[0]
 
         return _driver(open_cluster, prepared, config, on_gpus=bool(gpus))
 
-    return run_controlled(config, run_dir, resume, world_size, console, open_driver, launch=launch)
+    code = run_controlled(config, run_dir, resume, world_size, console, open_driver, launch=launch)
+    return _end_if_stuck(code, started)
 
 
 def run_in_cluster(
@@ -85,7 +90,7 @@ def run_in_cluster(
         return exit_codes.of_error(type(error).__name__)
     with cluster:
         world_size, device = plan(cluster.gpus())
-        return run_controlled(
+        code = run_controlled(
             config,
             run_dir,
             resume,
@@ -94,6 +99,7 @@ def run_in_cluster(
             lambda prepared: _driver(lambda _: cluster, prepared, config, on_gpus=device == "cuda"),
             launch=launch,
         )
+    return _end_if_stuck(code, [cluster])
 
 
 def own_nodes(world_size: int, launch: LaunchConfig, gpus: Sequence[str]) -> list[NodePlan]:
@@ -111,6 +117,16 @@ def own_nodes(world_size: int, launch: LaunchConfig, gpus: Sequence[str]) -> lis
             )
         )
     return nodes
+
+
+def _end_if_stuck(code: int, clusters: Sequence[RayCluster]) -> int:
+    """The exit code; where threads of Ray hang, the interpreter's own way to end might, too."""
+    if not all(cluster.left for cluster in clusters):
+        for stream in (sys.stdout, sys.stderr):
+            with contextlib.suppress(OSError, ValueError):
+                stream.flush()
+        os._exit(code)
+    return code
 
 
 def _driver(

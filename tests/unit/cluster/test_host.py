@@ -53,3 +53,8 @@ def test_a_process_whose_parent_is_gone_already_ends() -> None:
     )
     assert done.returncode == 1
     assert done.stdout == b""
+
+
+def test_an_interface_is_found_by_its_address() -> None:
+    assert host.interface_of("127.0.0.1") == host.loopback_interface()
+    assert host.interface_of("192.0.2.254") is None
