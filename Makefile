@@ -5,7 +5,7 @@ BIN     := $(VENV)/bin
 RUN_DIR ?= runs/demo-$(shell date +%Y%m%d-%H%M%S)
 WORKERS ?= 2
 STAMP   := $(VENV)/.installed
-PYTEST  := $(BIN)/python -m pytest -q --numprocesses $(WORKERS) --dist loadgroup
+PYTEST  := $(BIN)/python -m pytest -q --numprocesses $(WORKERS) --dist loadscope
 NATIVE  := CMakeLists.txt pyproject.toml constraints.txt $(wildcard csrc/*.cpp csrc/*.h)
 
 .DEFAULT_GOAL := help

@@ -1,4 +1,4 @@
-"""What all tests share: a Ray cluster, started when the first of them asks for it."""
+"""What all tests of a process share: a Ray cluster, started when the first of them asks for it."""
 
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
@@ -8,14 +8,6 @@ import pytest
 if TYPE_CHECKING:
     from everstep.cluster.ray_cluster import RayCluster
     from everstep.cluster.ray_nodes import OwnRay
-
-
-@pytest.hookimpl(tryfirst=True)
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """With several test processes, one of them runs all tests that need Ray: one cluster."""
-    for item in items:
-        if item.get_closest_marker("ray"):
-            item.add_marker(pytest.mark.xdist_group("ray"))
 
 
 @pytest.fixture(scope="session")

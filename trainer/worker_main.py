@@ -148,10 +148,7 @@ def _run(
 
 def _choose_device(config: RunConfig, spec: RankSpec) -> torch.device:
     if spec.device is not None:
-        device = torch.device(spec.device)
-        if device.type == "cuda":
-            torch.cuda.set_device(device)
-        return device
+        return torch.device(spec.device)
     gpus = torch.cuda.device_count()
     if local_device(config.parallel.device, gpus, spec.local_world_size) == "cpu":
         return torch.device("cpu")

@@ -8,8 +8,6 @@ from typing import Any
 
 import pytest
 
-pytest.importorskip("ray")
-
 from everstep.cluster.ray_nodes import NodePlan, remove_abandoned
 from everstep.cluster.ray_run import own_nodes
 from everstep.trainer.config import LaunchConfig
