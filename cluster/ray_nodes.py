@@ -60,14 +60,23 @@ class OwnRay:
         nodes: the first one is the head.
         log: file for what its processes say.
         dashboard: start Ray's dashboard, which also takes jobs.
+        token: let in only who has the token; a process that has used Ray before cannot get in then.
     """
 
-    def __init__(self, nodes: Sequence[NodePlan], log: Path, *, dashboard: bool = False) -> None:
+    def __init__(
+        self,
+        nodes: Sequence[NodePlan],
+        log: Path,
+        *,
+        dashboard: bool = False,
+        token: bool = True,
+    ) -> None:
         remove_abandoned()
         self._folder = Path(tempfile.mkdtemp(prefix=_PREFIX, dir=_temporary()))
         self._nodes = nodes
         self._log = log
         self._dashboard = dashboard
+        self._token = token
         self._helper: Helper | None = None
         self.address = ""
         """'host:port', once it is started."""
@@ -79,12 +88,11 @@ class OwnRay:
     @property
     def environment(self) -> dict[str, str]:
         """Variables that a process needs to join it; to be set before ray is imported there."""
-        return {
-            "RAY_TMPDIR": str(self._folder),
-            "RAY_AUTH_MODE": "token",
-            "RAY_AUTH_TOKEN_PATH": str(self._folder / "token"),
-            "RAY_USAGE_STATS_ENABLED": "0",
-        }
+        known = {"RAY_TMPDIR": str(self._folder), "RAY_USAGE_STATS_ENABLED": "0"}
+        if not self._token:
+            return {**known, "RAY_AUTH_MODE": "disabled"}
+        token = str(self._folder / "token")
+        return {**known, "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": token}
 
     def start(self, waiting: Waiting = wait_silently) -> None:
         """Start all nodes. Raises LaunchError."""

@@ -25,7 +25,7 @@ def ray_cluster(
     """
     root = str(Path(__file__).resolve().parents[2])  # jobs run elsewhere, with this everstep
     path = os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")]))
-    ray = OwnRay(nodes, log, dashboard=dashboard)
+    ray = OwnRay(nodes, log, dashboard=dashboard, token=False)  # this process may join, too
     try:
         with variables({"PYTHONPATH": path}):
             ray.start()
