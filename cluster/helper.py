@@ -37,8 +37,8 @@ class Helper:
         subject: plain data for the function.
         listener: a socket for the function; this process may close it afterwards.
         environment: variables to set in it.
-        last_act: "module:function" that gets ``subject`` when this process is gone, just before the
-            helper ends itself; without it the kernel kills the helper then.
+        last_act: "module:function" that gets ``subject`` when the helper is closed, or this process
+            is gone, just before the helper ends; without it the kernel kills the helper then.
 
     Raises LaunchError.
     """
@@ -56,6 +56,7 @@ class Helper:
     ) -> None:
         self._name = name
         self._log = log
+        self._has_last_act = last_act is not None
         self._received = b""
         self._ended = False
         self._link, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
@@ -114,9 +115,12 @@ class Helper:
         return f"{self._name} ended ({how}): see {self._log}"
 
     def close(self, timeout_s: float) -> None:
-        """Ask it to end, and kill it if it has not done so in time; may be called twice."""
+        """Make it end, and kill it if it has not done so in time; may be called twice."""
         with contextlib.suppress(OSError):
-            self._link.sendall(b'{"op": "stop"}\n')
+            if self._has_last_act:
+                self._link.shutdown(socket.SHUT_WR)  # as if this process were gone
+            else:
+                self._link.sendall(b'{"op": "stop"}\n')
         try:
             self._process.wait(timeout_s)
         except subprocess.TimeoutExpired:

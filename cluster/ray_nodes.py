@@ -29,6 +29,7 @@ START_S = 120.0
 """Longest time that starting Ray may take."""
 _TARGET = "everstep.cluster.ray_nodes:serve"
 _LAST_ACT = "everstep.cluster.ray_nodes:end"
+_CLOSE_S = 20.0
 _PREFIX = "everstep-ray-"
 _SHORTEST_TMP = 40
 """Ray puts Unix sockets there, whose names may not be long."""
@@ -139,7 +140,7 @@ class OwnRay:
     def close(self) -> None:
         """End all its processes and remove its folder; may be called twice."""
         if self._helper is not None:
-            self._helper.close(10.0)
+            self._helper.close(_CLOSE_S)
             self._helper = None
         shutil.rmtree(self._folder, ignore_errors=True)
 
@@ -195,8 +196,6 @@ def _serve(subject: dict[str, Any], report: Reporter, should_stop: StopRequested
                 **(_HEAD if number == 0 else {}),
             )
         )
-        if should_stop():
-            return 0
     url = cluster.webui_url
     report(
         {
