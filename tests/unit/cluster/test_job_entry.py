@@ -5,6 +5,8 @@ import signal
 import subprocess
 import sys
 import time
+import venv
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -12,6 +14,7 @@ import pytest
 from everstep.cluster import job_entry
 
 SCRIPT = Path(job_entry.__file__)
+PYTHON: list[str] = []
 PRETENDED = """
 import signal, sys, time
 print("arguments", sys.argv[1:], flush=True)
@@ -37,10 +40,19 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path
 
 
+@pytest.fixture(scope="module", autouse=True)
+def bare_python(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """``PYTHON`` is one without packages: whatever is installed here cannot get in the way."""
+    place = tmp_path_factory.mktemp("bare")
+    venv.create(place, symlinks=True)
+    PYTHON.append(str(place / "bin" / "python"))
+    yield
+    PYTHON.clear()
+
+
 def start(folder: Path, *arguments: str) -> subprocess.Popen[str]:
-    # isolated from what is installed here
     return subprocess.Popen(
-        [sys.executable, "-S", "job.py", "0.1.0", *arguments],
+        [*PYTHON, "job.py", "0.1.0", *arguments],
         cwd=folder,
         env={"PATH": os.environ["PATH"]},
         stdout=subprocess.PIPE,
