@@ -3,10 +3,8 @@
 import os
 import signal
 import subprocess
-import sys
 import time
 import venv
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -14,7 +12,6 @@ import pytest
 from everstep.cluster import job_entry
 
 SCRIPT = Path(job_entry.__file__)
-PYTHON: list[str] = []
 PRETENDED = """
 import signal, sys, time
 print("arguments", sys.argv[1:], flush=True)
@@ -37,22 +34,17 @@ def folder(tmp_path: Path) -> Path:
         (tmp_path / name / "__init__.py").write_text("")
     (tmp_path / "everstep" / "__main__.py").write_text(PRETENDED)
     (tmp_path / "job.py").write_text(SCRIPT.read_text())
+    venv.create(tmp_path / "bare", symlinks=True)  # whatever is installed here is not in the way
     return tmp_path
 
 
-@pytest.fixture(scope="module", autouse=True)
-def bare_python(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """``PYTHON`` is one without packages: whatever is installed here cannot get in the way."""
-    place = tmp_path_factory.mktemp("bare")
-    venv.create(place, symlinks=True)
-    PYTHON.append(str(place / "bin" / "python"))
-    yield
-    PYTHON.clear()
+def python_of(folder: Path) -> str:
+    return str(folder / "bare" / "bin" / "python")
 
 
 def start(folder: Path, *arguments: str) -> subprocess.Popen[str]:
     return subprocess.Popen(
-        [*PYTHON, "job.py", "0.1.0", *arguments],
+        [python_of(folder), "job.py", "0.1.0", *arguments],
         cwd=folder,
         env={"PATH": os.environ["PATH"]},
         stdout=subprocess.PIPE,
@@ -82,7 +74,7 @@ def test_names_what_is_missing(folder: Path) -> None:
     assert code == 1
     first, *_ = output.splitlines()
     assert first.startswith("error: torch and ray cannot be imported by the job's Python")
-    assert sys.executable in first
+    assert python_of(folder) in first
     assert "runtime env" in first
     assert "arguments" not in output
 
