@@ -25,8 +25,10 @@ def events(run_dir: Path) -> list[dict[str, object]]:
 
 
 def pids(run_dir: Path) -> list[int]:
+    """Processes of the ranks, by rank: they report in any order."""
     started = [event for event in events(run_dir) if event["kind"] == "started"]
-    return [int(str(event["pid"])) for event in started]
+    by_rank = {int(str(event["rank"])): int(str(event["pid"])) for event in started}
+    return [by_rank[rank] for rank in sorted(by_rank)]
 
 
 def assert_free(run_dir: Path) -> None:
