@@ -51,9 +51,9 @@ def test_the_demo_on_two_simulated_nodes_is_that_of_the_local_launcher(small_run
     assert cli.losses(small_run / "ray") == cli.losses(small_run / "local")
     assert cli.final_bytes(small_run / "ray") == cli.final_bytes(small_run / "local")
     assert len(cli.final_bytes(small_run / "ray")) == 4
-    assert sorted(path.name for path in (small_run / "ray" / "logs").iterdir()) == [
-        f"rank-{rank:05d}.log" for rank in range(4)
-    ]
+    logs = {path.name for path in (small_run / "ray" / "logs").iterdir()}
+    # Ray writes a log of its own where it has something to say, of a disk that is full, for one
+    assert logs - {"ray.log"} == {f"rank-{rank:05d}.log" for rank in range(4)}
 
 
 @pytest.mark.slow
