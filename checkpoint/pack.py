@@ -242,7 +242,7 @@ class PackReader:
         Raises:
             BlockChecksumError: a touched block is damaged; nothing was copied.
         """
-        strides = _dense_strides(fragment.box.shape, fragment.spec.item_bytes)
+        strides = dense_strides(fragment.box.shape, fragment.spec.item_bytes)
         inside = box.relative_to(fragment.box)
         first = start + sum(i * s for i, s in zip(inside, strides, strict=True))
         last = first + sum((n - 1) * s for n, s in zip(box.shape, strides, strict=True))
@@ -339,7 +339,8 @@ def _map_file(path: Path, size_bytes: int) -> mmap.mmap:
         os.close(fd)
 
 
-def _dense_strides(shape: Sequence[int], item_bytes: int) -> tuple[int, ...]:
+def dense_strides(shape: Sequence[int], item_bytes: int) -> tuple[int, ...]:
+    """Strides in bytes of an array of a shape in C order without gaps."""
     strides, step = [], item_bytes
     for n in reversed(shape):
         strides.append(step)
