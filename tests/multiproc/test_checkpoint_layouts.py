@@ -11,7 +11,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from torch.distributed.tensor import DTensor
 
 from everstep.checkpoint.checkpointer import Checkpointer
 from everstep.checkpoint.torch_collective import ProcessGroupCollective
@@ -30,6 +29,7 @@ from everstep.trainer.engine import TorchEngine
 from everstep.trainer.mesh_shape import MeshShape, settle_micro_batch
 from tests.support.corpora import counting_corpus
 from tests.support.format_reader import read_checkpoint
+from tests.support.logical import digest, logical_digests
 from tests.support.spawn import RankError, run_ranks
 
 pytestmark = pytest.mark.multiproc
@@ -112,7 +112,7 @@ class Trainer:
 
     def shards(self) -> dict[str, str]:
         """A digest of everything that this rank holds."""
-        found = {n: _digest(t.local) for n, t in tensors_of(self.state).items()}
+        found = {n: digest(t.local) for n, t in tensors_of(self.state).items()}
         found["objects"] = hashlib.sha256(
             repr(objects_of(self.state) | optimizer_of(self.state)).encode()
         ).hexdigest()
@@ -120,17 +120,7 @@ class Trainer:
 
     def logical(self) -> dict[str, str]:
         """A digest of every logical tensor, whole, and of the data position."""
-        model = dict(self.engine.model.named_parameters())
-        whole = {f"model.{n}": p for n, p in model.items()}
-        for name, parameter in model.items():
-            for key, value in self.engine.optimizer.state[parameter].items():
-                whole[f"optimizer.{name}.{key}"] = value
-        found = {}
-        for name, tensor in whole.items():
-            full = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
-            found[name] = _digest(full.detach())
-        found["objects"] = self.objects()
-        return found
+        return {**logical_digests(self.engine), "objects": self.objects()}
 
     def objects(self) -> str:
         """What is saved besides tensors."""
@@ -142,11 +132,6 @@ def _small_tokens(batch: Any) -> dict[str, Any]:
         "tokens_BL": batch.tokens_BL % VOCAB,
         "targets_BL": batch.targets_BL % VOCAB,
     }
-
-
-def _digest(tensor: torch.Tensor) -> str:
-    data = np.ascontiguousarray(tensor.detach().numpy()).tobytes()
-    return hashlib.sha256(data).hexdigest()[:16]
 
 
 LAYOUTS = {
@@ -294,7 +279,7 @@ def _digests_of_another_reader(root: Path) -> dict[str, str]:
     """What somebody reads in the newest checkpoint who has FORMAT.md and no everstep."""
     _, tensors = read_checkpoint(max(root.glob("step-*")))
     assert sum(name.startswith("optimizer.") for name in tensors) > 20
-    return {n: _digest(torch.from_numpy(t)) for n, t in tensors.items() if n[:4] != "rng."}
+    return {n: digest(torch.from_numpy(t)) for n, t in tensors.items() if n[:4] != "rng."}
 
 
 def test_ranks_of_a_tensor_parallel_mesh_may_change_along_dp(tmp_path: Path) -> None:
