@@ -16,7 +16,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 from rich.console import Console
 
-from everstep.cli import main
 from everstep.data_tokenize import tokenize
 from everstep.trainer.config import SourceConfig
 from everstep.trainer.data.sources import FileFormat
@@ -26,6 +25,7 @@ from everstep.trainer.data.tokenize_plan import Unit, plan_parts
 from everstep.trainer.errors import DataError
 from everstep.words import parse_count
 from tests.support import cli
+from tests.support.cli import exit_code as run
 from tests.support.corpora import WORDS, write_texts, write_tokenizer
 
 SHARD_TOKENS = 20_000
@@ -320,12 +320,6 @@ def test_parts_cover_everything_once(
             assert [span.start for span in own] == ends[:-1]
             assert ends[-1] == (unit.size_bytes if unit.any_byte else 7)
     assert [span.path for span in spans] == sorted((s.path for s in spans), key=int)
-
-
-def run(*arguments: object) -> int:
-    with pytest.raises(SystemExit) as caught:
-        main([str(argument) for argument in arguments])
-    return int(caught.value.code or 0)
 
 
 def test_inspect(
