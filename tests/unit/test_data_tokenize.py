@@ -347,6 +347,16 @@ def test_inspect(
     assert "holds no finished tokens" in capsys.readouterr().err
 
 
+def test_verifying_is_told_where_there_is_no_terminal(
+    made: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("everstep.data_view._LINE_EVERY_S", -1.0)
+    assert run("data", "inspect", made, "--verify") == 0
+    told = capsys.readouterr().err
+    assert "verifying: 100 %" in told
+    assert "tokenizing" not in told
+
+
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
