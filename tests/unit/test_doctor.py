@@ -217,6 +217,13 @@ def test_a_model_of_ones_own_is_not_estimated() -> None:
     assert names == {"config", "tokenizer"}
 
 
+def test_the_command_that_is_suggested_can_be_pasted(capsys: pytest.CaptureFixture[str]) -> None:
+    name = "name=" + "x" * 90
+    exit_code("doctor", "debug_single", "data.source=[my text, b]", name)
+    last = capsys.readouterr().out.splitlines()[-1]
+    assert last.endswith(f"everstep train debug_single 'data.source=[my text, b]' {name}")
+
+
 @pytest.mark.parametrize(("status", "code"), [(Status.OK, 0), (Status.WARN, 0), (Status.FAIL, 1)])
 def test_the_report(status: Status, code: int) -> None:
     text = io.StringIO()
