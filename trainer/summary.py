@@ -33,7 +33,7 @@ def summarise(
     are options that start the run in the same way, and ``submitted`` is as in ``resume_command``.
     """
     config, corpus = run.config, run.corpus
-    tokens = config.train.steps * config.data.global_batch * config.data.seq_len
+    tokens = run.stream.position * config.data.seq_len  # global_batch may have changed meanwhile
     epochs = run.stream.position / run.stream.samples_per_epoch
     lines = [
         f"Trained {run.engine.parameters / 1e6:.2f} M parameters on {run.shape}",
