@@ -1,4 +1,4 @@
-"""Initial weights from a checkpoint of ours or from safetensors, on any layout (``model.init_from``).
+"""Initial weights from a checkpoint or from safetensors, on any layout (``model.init_from``).
 
 Every rank reads the boxes that it holds, straight into its parameters where the dtype is the same;
 nothing else is kept in memory.

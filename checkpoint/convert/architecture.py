@@ -1,4 +1,4 @@
-"""What a checkpoint says of the model whose weights it holds, and Hugging Face's words for it (pure).
+"""What a checkpoint says of the model that it is of, and Hugging Face's words for it (pure).
 
 The built-in model is a Llama without biases and without scaled rotary positions; ``config.json`` of
 another architecture is refused with everything that differs.
@@ -171,11 +171,10 @@ def _checked(values: Mapping[str, Any], where: str) -> Architecture:
     for name, value in values.items():
         kind = kinds.get(name, int)
         if kind is float and type(value) is int:
-            found[name] = value = float(value)
-        if type(value) is not kind or (kind is not bool and value <= 0):
+            value = found[name] = float(value)
+        if type(value) is not kind or (kind is not bool and not float(value) > 0):
+            expected = "true or false" if kind is bool else f"a positive {kind.__name__}"
             raise CheckpointError(
-                f"{where}: {_HF_NAMES[name]} ({name}) is {value!r}, expected a positive "
-                f"{kind.__name__}" if kind is not bool else
-                f"{where}: {_HF_NAMES[name]} ({name}) is {value!r}, expected true or false"
+                f"{where}: {_HF_NAMES[name]} (our {name}) is {value!r}, expected {expected}"
             )
     return Architecture(**found)

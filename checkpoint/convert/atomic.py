@@ -15,7 +15,7 @@ DEFAULT_BUDGET_BYTES = 256 * 2**20
 MIN_BUDGET_BYTES = 2**20
 _BLOCK_BYTES = 16 * 2**20
 _SHARE = 8
-"""Buffers of a conversion together: a block, its copy for the file, and what casts and means need."""
+"""Of these a conversion has: a block, its copy for the file, and what casts and means need."""
 
 
 def block_bytes(budget_bytes: int) -> int:

@@ -49,9 +49,7 @@ class Converted:
 
     def _copy(self, place: Place, extents: tuple[int, ...], target: StridedBytes) -> None:
         shape = self._source.tensors[place.tensor].shape
-        for read in plan_reads(
-            shape, place, extents, target.offset_bytes, target.strides_bytes
-        ):
+        for read in plan_reads(shape, place, extents, target.offset_bytes, target.strides_bytes):
             memory = StridedBytes(target.buffer, read.offset_bytes, read.strides_bytes)
             self._source.fill(place.tensor, read.box, memory)
 
@@ -82,9 +80,10 @@ class Converted:
             return data
         if dtype not in FLOATS:
             raise ConversionError(repr(name), [f"there is no mean of {dtype} tensors"])
-        total = decode(data, dtype).astype(np.float64)
-        for other in others:
-            total += decode(self._dense(other, part.box.shape, dtype), dtype)
+        with np.errstate(invalid="ignore"):  # signalling NaN
+            total = decode(data, dtype).astype(np.float64)
+            for other in others:
+                total += decode(self._dense(other, part.box.shape, dtype), dtype)
         return encode(total / len(part.places), dtype)
 
     def _dense(self, place: Place, extents: tuple[int, ...], dtype: str) -> ByteArray:
@@ -100,7 +99,7 @@ def _items(target: StridedBytes, shape: tuple[int, ...], item_bytes: int) -> NDA
     return np.ndarray(
         shape,
         np.dtype(f"V{item_bytes}"),
-        target.buffer,  # type: ignore[arg-type]
+        target.buffer,
         target.offset_bytes,
         target.strides_bytes,
     )

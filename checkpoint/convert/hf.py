@@ -114,7 +114,9 @@ def import_hf(
     """
     with SafetensorsSource(source) as files:
         architecture = read_architecture(source)
-        plan = plan_hf_import(files, architecture, architecture_tensors(architecture, dtype), source)
+        plan = plan_hf_import(
+            files, architecture, architecture_tensors(architecture, dtype), source
+        )
         return write_step(
             Converted(plan, files),
             target_directory,

@@ -20,7 +20,7 @@ from everstep.checkpoint.convert.step_writer import write_step
 from everstep.checkpoint.step_reader import StepReader
 
 What = Literal["model", "everything"]
-"""The parameters and buffers of the model under its own names, or every tensor of the checkpoint."""
+"""Parameters and buffers under the names that their module gives them, or every tensor."""
 Direction = Literal["union", "extract"]
 Form = Literal["safetensors", "checkpoint"]
 
@@ -114,9 +114,7 @@ def _convert(
     converted = Converted(make(spec, source.tensors, where=str(where)), source)
     written = ByteCount(on_bytes)
     if form == "checkpoint":
-        write_step(
-            converted, target, objects={}, budget_bytes=budget_bytes, on_bytes=written.reach
-        )
+        write_step(converted, target, objects={}, budget_bytes=budget_bytes, on_bytes=written.reach)
         return written.total
     with new_target(target) as path:
         tensors = converted.tensors.values()

@@ -216,8 +216,9 @@ def _check_parts(rule: Rule, numbers: Sequence[int], wanted: int | None) -> None
         raise ValueError("there are no fragments")
     expected = rule.parts or len(numbers)
     if sorted(numbers) != list(range(expected)):
-        raise ValueError(f"fragments {sorted(numbers)} of {rule.stored.text!r} are not 0 to "
-                         f"{expected - 1}")
+        raise ValueError(
+            f"fragments {sorted(numbers)} of {rule.stored.text!r} are not 0 to {expected - 1}"
+        )
 
 
 def _union(rule: Rule, parts: Sequence[TensorSpec], shapes: list[Shape] | None) -> list[View]:

@@ -1,8 +1,8 @@
 """Safetensors files as the source of a conversion: one file, or a folder with or without an index.
 
 Files are mapped, checked before they are believed (bounded header, no holes, offsets inside, known
-dtypes), and read range by range: pages go back to the system once they were copied. The format has no
-checksums, so that a flipped bit inside of data cannot be noticed here.
+dtypes), and read range by range: pages go back to the system once they were copied. The format has
+no checksums, so that a flipped bit inside of data cannot be noticed here.
 
 Source: the format's description in the README of huggingface/safetensors; the index file is that of
 transformers (``weight_map``).
@@ -142,8 +142,9 @@ class SafetensorsSource:
         if expected is not None and expected != file.tensors.keys():
             wrong = sorted(expected ^ file.tensors.keys())
             raise SafetensorsError(
-                path, f"it and the index beside it disagree about {len(wrong)} tensors, such as "
-                f"{wrong[0]!r}"
+                path,
+                f"it and the index beside it disagree about {len(wrong)} tensors, such as "
+                f"{wrong[0]!r}",
             )
         for inner in file.tensors:
             name = f"{path.stem}/{inner}" if with_file else inner

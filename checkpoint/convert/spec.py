@@ -1,8 +1,8 @@
 """The conversion spec: how tensors as they are stored elsewhere make our logical tensors (pure).
 
-A spec is a YAML mapping. Each of its ``rules`` relates stored tensors to logical ones, and is read in
-both directions: *union* makes the logical tensors from the stored ones (import), *extract* the stored
-ones from the logical ones (export)::
+A spec is a YAML mapping. Each of its ``rules`` relates stored tensors to logical ones, and is read
+in both directions: *union* makes the logical tensors from the stored ones (import), *extract* the
+stored ones from the logical ones (export)::
 
     name: example
     rules:

@@ -26,7 +26,7 @@ from everstep.checkpoint.pack import (
 )
 
 _SHARE = 4
-"""Of the budget, for one fragment; the pack's staging buffer and what makes the fragment need more."""
+"""A fragment may take one part of the budget in so many."""
 
 
 def write_step(

@@ -1,8 +1,8 @@
 """A step as one ``torch.save`` file of plain tensors, written with bounded memory.
 
-torch pickles the tensors' shapes once, of tensors that have no memory; the archive around that (a zip
-without compression, one entry per storage) is written here, entry by entry. ``torch.load`` reads it
-with ``weights_only=True``, mapped or not.
+torch pickles the tensors' shapes once, of tensors that have no memory; the archive around that (a
+zip without compression, one entry per storage) is written here, entry by entry. ``torch.load``
+reads it with ``weights_only=True``, mapped or not.
 """
 
 import os
@@ -52,17 +52,16 @@ def export_torch(
     source, written = selected(reader, what, dtype), ByteCount(on_bytes)
     tensors = list(source.tensors.values())
     most_bytes = block_bytes(budget_bytes)
-    with new_target(target) as path:
-        with path.open("xb") as file:
-            with zipfile.ZipFile(file, "w", zipfile.ZIP_STORED) as archive:
-                for name, content in _entries(tensors, path.with_suffix(".empty")):
-                    if content is not None:
-                        archive.writestr(zipfile.ZipInfo(name, _DATE), content)
-                        continue
-                    tensor = tensors[int(name.rpartition("/")[2])]
-                    _write_storage(archive, name, source, tensor, most_bytes, written)
-            file.flush()
-            os.fsync(file.fileno())
+    with new_target(target) as path, path.open("xb") as file:
+        with zipfile.ZipFile(file, "w", zipfile.ZIP_STORED) as archive:
+            for name, content in _entries(tensors, path.with_suffix(".empty")):
+                if content is not None:
+                    archive.writestr(zipfile.ZipInfo(name, _DATE), content)
+                    continue
+                tensor = tensors[int(name.rpartition("/")[2])]
+                _write_storage(archive, name, source, tensor, most_bytes, written)
+        file.flush()
+        os.fsync(file.fileno())
     return written.total
 
 

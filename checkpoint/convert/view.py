@@ -2,8 +2,8 @@
 
 A *view* is a tensor whose boxes (*pieces*) each say where their items come from: a *place* is an
 affine map into one source tensor, "item i of the box is item ``offset + i . strides`` of the source
-in C order". Cutting, joining, padding, transposing, flattening and reshaping map places to places, so
-that any chain of them is still one read from the source per piece.
+in C order". Cutting, joining, padding, transposing, flattening and reshaping map places to places,
+so that any chain of them is still one copy per piece.
 """
 
 import math

@@ -1,4 +1,4 @@
-"""Conversion specs: union equals its slow reference, and extract followed by union is the identity."""
+"""Conversion specs: union equals its slow reference, extract and union are inverse."""
 
 import math
 from dataclasses import dataclass
@@ -8,16 +8,16 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from everstep.checkpoint.convert.plan import plan_extract, plan_union
-from everstep.checkpoint.convert.spec import Spec
-from everstep.checkpoint.convert.source import read_box
 from everstep.checkpoint.convert.converted import Converted
+from everstep.checkpoint.convert.plan import plan_extract, plan_union
+from everstep.checkpoint.convert.source import read_box
+from everstep.checkpoint.convert.spec import Spec
 from everstep.checkpoint.convert.view import blocks, range_boxes
 from everstep.checkpoint.layout import Box
 from tests.support.conversions import (
     DTYPES,
-    ArraySource,
     Arrays,
+    ArraySource,
     carried_out,
     union_reference,
 )
@@ -33,7 +33,7 @@ class Case:
 
 @st.composite
 def cases(draw: st.DrawFn) -> Case:
-    """Any chain of steps, over shapes that rarely divide evenly; sizes given or left to be known."""
+    """Any chain of steps, over shapes that rarely divide evenly; sizes given or to be found."""
     dims = draw(st.integers(1, 3))
     count = draw(st.integers(1, 3))
     rule: dict[str, Any] = {"stored": "s.{layer#}"}
