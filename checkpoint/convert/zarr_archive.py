@@ -104,7 +104,7 @@ def chunk_shapes(tensor: TensorSpec, shard_bytes: int) -> tuple[tuple[int, ...],
     shard = list(chunk)
     if tensor.shape:
         fitting = max(1, shard_bytes // (math.prod(chunk) * tensor.item_bytes))
-        shard[split] *= min(fitting, -(-tensor.shape[split] // chunk[split]))
+        shard[split] *= max(1, min(fitting, -(-tensor.shape[split] // chunk[split])))
     return tuple(chunk), tuple(shard)
 
 
