@@ -193,7 +193,8 @@ def _distance(x: npt.NDArray[Any], y: npt.NDArray[Any]) -> npt.NDArray[Any]:
     """|x - y| per element: exact for two integer arrays of one dtype, else in float64."""
     if x.dtype == y.dtype and x.dtype.kind in "iu":
         unsigned = f"u{x.dtype.itemsize}"
-        return np.maximum(x, y).view(unsigned) - np.minimum(x, y).view(unsigned)
+        exact: npt.NDArray[Any] = np.maximum(x, y).view(unsigned) - np.minimum(x, y).view(unsigned)
+        return exact
     wide = np.complex128 if "c" in (x.dtype.kind, y.dtype.kind) else np.float64
     with np.errstate(invalid="ignore", over="ignore"):  # inf - inf, NaN
         return np.abs(x.astype(wide) - y.astype(wide))

@@ -1,7 +1,7 @@
 """Checkpoints of arrays that are cut as a test says, written without torch and without ranks."""
 
 from collections.abc import Mapping, Sequence
-from itertools import product
+from itertools import pairwise, product
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +28,7 @@ def cut(shape: Sequence[int], bounds: Sequence[Sequence[int]]) -> list[Box]:
     if not all(shape):
         return [Box((0,) * len(shape), tuple(shape))]
     edges = [[0, *inner, n] for inner, n in zip(bounds, shape, strict=True)]
-    spans = product(*(list(zip(e, e[1:], strict=False)) for e in edges))
+    spans = product(*(list(pairwise(e)) for e in edges))
     return [Box(tuple(a for a, _ in s), tuple(b - a for a, b in s)) for s in spans]
 
 
@@ -96,7 +96,7 @@ def save_arrays(
 
 
 def saved_reader(root: Path, arrays: Mapping[str, Array], **options: Any) -> StepReader:
-    """A reader of a new checkpoint of arrays, step 1 of generation 1; options of ``save_arrays``."""
+    """A reader of a new checkpoint of arrays: step 1 of generation 1."""
     directory = CheckpointDirectory(root)
     generation = directory.create_generation(None, {"rank": options.get("world_size", 1)})
     step_id = StepId(generation.number, 1)
