@@ -2,16 +2,30 @@
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import cached_property
+from typing import Protocol
 
 import numpy as np
+import numpy.typing as npt
 
-from everstep.checkpoint.digest import StateDigest, box_digest, combine
-from everstep.checkpoint.direct_io import ByteArray
-from everstep.checkpoint.errors import BlockChecksumError, DamagedError
-from everstep.checkpoint.layout import Box, Fragment, TensorSpec
-from everstep.checkpoint.pack import BLOCK_BYTES
-from everstep.checkpoint.pieces import PIECE_BYTES, pieces
-from everstep.checkpoint.step_reader import StepReader
+from everstep.checkpoint.kernels import crc32c, crc32c_blocks
+from everstep.checkpoint.manifest import Manifest
+from everstep.checkpoint.pack import BLOCK_BYTES, PackRecord, pack_order, pack_starts
+
+RUN_BYTES = 16 * BLOCK_BYTES
+"""What is read at a time."""
+
+
+class StepFiles(Protocol):
+    """The files of one checkpoint, by name."""
+
+    def size(self, name: str) -> int | None:
+        """Size in bytes; None where there is no such file."""
+        ...
+
+    def read(self, name: str, offset: int, length: int) -> bytes:
+        """Bytes from an offset on; fewer where the file ends before. Raises OSError."""
+        ...
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,138 +37,126 @@ class Damage:
     block: int | None
     """Number of the block; None: nothing of the pack can be trusted."""
     problem: str
-    """One sentence."""
     tensors: tuple[str, ...]
     """Names of all tensors that have a part in it."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class Verification:
-    """What reading everything has shown."""
-
-    data_bytes: int
-    """Size of the data of all packs."""
-    damages: tuple[Damage, ...]
-    digest: StateDigest | None
-    """Where it was asked for, and nothing is damaged."""
-
-
-def verify_step(
-    reader: StepReader,
+def verify_packs(
+    files: StepFiles,
+    manifest: Manifest,
     *,
-    digest: bool = False,
+    threads: int = 1,
     on_bytes: Callable[[int], None] | None = None,
-) -> Verification:
-    """Read every block of every pack, and compare it with its checksum.
+) -> list[Damage]:
+    """Read all packs, and compare every block with its checksum: all damage, in order of packs.
 
-    That the tensors are covered exactly once, and the packs are as large as that makes them, was
-    checked when the manifest was decoded.
+    That the tensors are covered exactly once, and that the packs are as large as this makes them,
+    was checked when the manifest was decoded.
 
     Args:
-        reader: of the checkpoint; not used before, since a block is verified once per reader.
-        digest: whether to compute the digest of the state, too.
-        on_bytes: called with the number of bytes that have been dealt with since.
+        files: of the checkpoint.
+        manifest: of the checkpoint.
+        threads: that compute checksums.
+        on_bytes: called with the number of bytes of packs that have been dealt with since.
     """
     report = on_bytes or (lambda _: None)
-    damages: list[Damage] = []
-    sums = {stored.spec: 0 for stored in reader.manifest.tensors.values()} if digest else None
-    for number in range(len(reader.manifest.packs)):
-        damages += _verify_pack(reader, number, sums, report)
-    return Verification(
-        data_bytes=sum(record.data_bytes for record in reader.manifest.packs),
-        damages=tuple(damages),
-        digest=combine(sums, reader.manifest.objects) if sums is not None and not damages else None,
-    )
+    found = []
+    for number, record in enumerate(manifest.packs):
+        held = _Held(manifest, number)
+        done_bytes = 0
+        for n_bytes, block, problem in _examine(files, record, threads):
+            done_bytes += n_bytes
+            report(n_bytes)
+            if problem is not None:
+                found.append(
+                    Damage(
+                        file=record.file, block=block, problem=problem, tensors=held.tensors(block)
+                    )
+                )
+        report(record.size_bytes - done_bytes)
+    return found
 
 
-def _verify_pack(
-    reader: StepReader,
-    number: int,
-    sums: dict[TensorSpec, int] | None,
-    report: Callable[[int], None],
-) -> Iterator[Damage]:
-    record, held = reader.manifest.packs[number], _Held(reader, number)
-    done = 0
+def _examine(
+    files: StepFiles, record: PackRecord, threads: int
+) -> Iterator[tuple[int, int | None, str | None]]:
+    """(bytes that were read, block, problem) of runs without a problem, and of every problem."""
     try:
-        if not record.data_bytes:
-            reader.verify(number)  # its header
-        for fragment, begin, piece in held.pieces():
-            size_bytes = piece.size * fragment.spec.item_bytes
-            try:
-                data = reader.read(fragment.spec.name, piece)
-            except BlockChecksumError:
-                yield from held.damaged_blocks(fragment, begin, piece)
-            except OSError:
-                if not done:
-                    raise
-                yield from held.damaged_blocks(fragment, begin, piece)
-            else:
-                if sums is not None:
-                    sums[fragment.spec] += box_digest(fragment.spec, piece, data)
-            done += size_bytes
-            report(size_bytes)
-    except (DamagedError, OSError) as error:
-        report(record.data_bytes - done)
-        yield Damage(
-            file=record.file,
-            block=None,
-            problem=_problem(error),
-            tensors=held.tensors(0, record.data_bytes),
-        )
+        size_bytes = files.size(record.file)
+        if size_bytes is None:
+            yield 0, None, "the file is missing"
+            return
+        if size_bytes != record.size_bytes:
+            yield 0, None, f"it has {size_bytes} bytes, expected {record.size_bytes}"
+            return
+        table_start = record.data_start + record.data_bytes
+        header = files.read(record.file, 0, record.data_start)
+        table = files.read(record.file, table_start, record.size_bytes - table_start)
+    except OSError as error:
+        yield 0, None, _sentence(error)
+        return
+    if crc32c(table, crc32c(header)) != record.crc32c:
+        yield 0, None, "its header or checksum table does not match the manifest"
+        return
+    expected = np.frombuffer(table, dtype="<u4")
+    for begin in range(0, record.data_bytes, RUN_BYTES):
+        end = min(begin + RUN_BYTES, record.data_bytes)
+        try:
+            yield from _examine_run(files, record, begin, end, expected, threads)
+        except OSError:  # only some of these blocks, perhaps
+            for at in range(begin, end, BLOCK_BYTES):
+                stop = min(at + BLOCK_BYTES, end)
+                try:
+                    yield from _examine_run(files, record, at, stop, expected, threads)
+                except OSError as error:
+                    yield stop - at, at // BLOCK_BYTES, _sentence(error)
+
+
+def _examine_run(
+    files: StepFiles,
+    record: PackRecord,
+    begin: int,
+    end: int,
+    expected: npt.NDArray[np.uint32],
+    threads: int,
+) -> Iterator[tuple[int, int | None, str | None]]:
+    """Whole blocks of the data; raises OSError before it yields anything."""
+    data = files.read(record.file, record.data_start + begin, end - begin)
+    if len(data) != end - begin:
+        raise OSError(f"it ends {end - begin - len(data)} bytes too early")
+    found = crc32c_blocks(data, BLOCK_BYTES, threads=threads)
+    first = begin // BLOCK_BYTES
+    yield end - begin, None, None
+    for index in np.flatnonzero(found != expected[first : first + len(found)]).tolist():
+        block = first + index
+        yield 0, block, f"its checksum is {found[index]:08x}, expected {expected[block]:08x}"
 
 
 class _Held:
-    """What a pack holds, in the order in which it lies there."""
+    """Which tensors lie where in a pack."""
 
-    def __init__(self, reader: StepReader, number: int) -> None:
-        self._reader, self._record = reader, reader.manifest.packs[number]
-        self._starts = sorted(
-            reader.manifest.pack_indexes[number].starts.values(), key=lambda item: item[0]
-        )
-        self._known: set[int] = set()
+    def __init__(self, manifest: Manifest, number: int) -> None:
+        self._manifest, self._number = manifest, number
 
-    def pieces(self) -> Iterator[tuple[Fragment, int, Box]]:
-        """(fragment, byte offset in the data, box) of runs of bounded size."""
-        for start, fragment in self._starts:
-            begin = start
-            for piece in pieces(fragment.box, PIECE_BYTES // fragment.spec.item_bytes):
-                yield fragment, begin, piece
-                begin += piece.size * fragment.spec.item_bytes
-
-    def tensors(self, begin: int, end: int) -> tuple[str, ...]:
-        """Names of the tensors that have bytes in a range of the data."""
-        names = {f.spec.name for s, f in self._starts if s < end and s + f.size_bytes > begin}
+    def tensors(self, block: int | None) -> tuple[str, ...]:
+        """Names of the tensors that have bytes in a block; None: in the pack."""
+        names = {
+            name
+            for begin, end, name in self._ranges
+            if block is None or (begin < (block + 1) * BLOCK_BYTES and end > block * BLOCK_BYTES)
+        }
         return tuple(sorted(names))
 
-    def damaged_blocks(self, fragment: Fragment, begin: int, piece: Box) -> Iterator[Damage]:
-        """The blocks of a run that cannot be read, those known already left out.
-
-        One item is read of each block, which verifies the whole block.
-        """
-        item_bytes = fragment.spec.item_bytes
-        end = begin + piece.size * item_bytes
-        for block in range(begin // BLOCK_BYTES, -(-end // BLOCK_BYTES)):
-            item = (max(begin, block * BLOCK_BYTES) - begin) // item_bytes
-            try:
-                self._read_item(fragment, piece, item)
-            except (DamagedError, OSError) as error:
-                if block in self._known:
-                    continue
-                self._known.add(block)
-                yield Damage(
-                    file=self._record.file,
-                    block=block,
-                    problem=_problem(error),
-                    tensors=self.tensors(block * BLOCK_BYTES, (block + 1) * BLOCK_BYTES),
-                )
-
-    def _read_item(self, fragment: Fragment, piece: Box, number: int) -> ByteArray:
-        inside = np.unravel_index(number, piece.shape)
-        offset = tuple(o + int(i) for o, i in zip(piece.offset, inside, strict=True))
-        return self._reader.read(fragment.spec.name, Box(offset, (1,) * len(offset)))
+    @cached_property
+    def _ranges(self) -> list[tuple[int, int, str]]:
+        """[begin, end) in the data, and the name of the tensor."""
+        ordered = pack_order(self._manifest.pack_indexes[self._number].fragments)
+        starts, _ = pack_starts(ordered)
+        return [
+            (start, start + fragment.size_bytes, fragment.spec.name)
+            for start, fragment in zip(starts, ordered, strict=True)
+        ]
 
 
-def _problem(error: Exception) -> str:
-    if isinstance(error, DamagedError):
-        return error.what
-    return (error.strerror if isinstance(error, OSError) else None) or str(error)
+def _sentence(error: OSError) -> str:
+    return error.strerror or str(error)

@@ -48,7 +48,7 @@ def plan_gc(found: Survey, newest_generation: int, keep: int | None) -> list[Sup
         if not facts.committed:
             why = "half-written"
         elif facts.step_id in gone:
-            why = f"older than the newest {keep}" if facts.in_lineage else "outside the lineage"
+            why = f"not among the newest {keep}" if facts.in_lineage else "outside the lineage"
         else:
             continue
         plan.append(

@@ -9,6 +9,7 @@ from everstep.checkpoint.errors import CheckpointError, DamagedError, ManifestEr
 from everstep.checkpoint.lineage import StepId
 from everstep.checkpoint.manifest import Manifest
 from everstep.checkpoint.step_reader import StepReader
+from everstep.checkpoint.verify import StepFiles
 
 _AT_STEP = re.compile(r"(.+)@(\d{1,18})")
 _STEP_NAME = re.compile(r"step-(\d{8,18})-g(\d{5,9})")
@@ -69,10 +70,32 @@ class Place:
         """Where a step is, for people."""
         return str(self.directory.step_path(step_id))
 
+    def files(self, step_id: StepId) -> StepFiles:
+        """The files of a step, by name."""
+        return _LocalFiles(self.directory.step_path(step_id))
+
     def open(self, step_id: StepId, *, threads: int = 1) -> StepReader:
         """A reader of a committed step; raises ManifestError and its kinds."""
         manifest = self.directory.manifest(step_id)
         return StepReader(self.directory.step_path(step_id), manifest, threads=threads)
+
+
+@dataclass(frozen=True)
+class _LocalFiles:
+    """See ``StepFiles``."""
+
+    path: Path
+
+    def size(self, name: str) -> int | None:
+        try:
+            return (self.path / name).stat().st_size
+        except FileNotFoundError:
+            return None
+
+    def read(self, name: str, offset: int, length: int) -> bytes:
+        with (self.path / name).open("rb") as file:
+            file.seek(offset)
+            return file.read(length)
 
 
 def open_place(text: str, step: int | None = None) -> Place:

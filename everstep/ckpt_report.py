@@ -2,11 +2,13 @@
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from everstep.checkpoint.compare import Comparison, ObjectDifference, TensorComparison
-from everstep.checkpoint.verify import Verification
+from everstep.checkpoint.digest import StateDigest
+from everstep.checkpoint.manifest import Manifest
+from everstep.checkpoint.verify import Damage
 from everstep.ckpt_text import names_words, print_table, say, shape_words, short
 from everstep.words import plural, size_words
 
@@ -14,31 +16,33 @@ if TYPE_CHECKING:
     from rich.console import Console
 
 
-def verification_json(path: str, found: Verification) -> dict[str, Any]:
+def verification_json(
+    path: str, manifest: Manifest, damages: Sequence[Damage], digest: StateDigest | None
+) -> dict[str, Any]:
     """What verifying a checkpoint has shown."""
     return {
         "path": path,
-        "ok": not found.damages,
-        "data_bytes": found.data_bytes,
+        "whole": not damages,
+        "size_bytes": manifest.size_bytes,
         "damages": [
             {"file": d.file, "block": d.block, "problem": d.problem, "tensors": list(d.tensors)}
-            for d in found.damages
+            for d in damages
         ],
         "digest": None
-        if found.digest is None
+        if digest is None
         else {
-            "state": found.digest.state,
-            "rng": found.digest.rng,
-            "objects": found.digest.objects,
-            "tensors": dict(found.digest.tensors),
+            "state": digest.state,
+            "rng": digest.rng,
+            "objects": digest.objects,
+            "tensors": dict(digest.tensors),
         },
     }
 
 
 def print_verification(console: "Console", found: Mapping[str, Any]) -> None:
     """What ``verification_json`` gave, for people."""
-    if found["ok"]:
-        say(console, f"{found['path']}: whole, {size_words(found['data_bytes'])} of data read")
+    if found["whole"]:
+        say(console, f"{found['path']}: whole, {size_words(found['size_bytes'])} read")
     else:
         say(console, f"{found['path']} is damaged in {plural(len(found['damages']), 'place')}")
         rows = [

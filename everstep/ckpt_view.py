@@ -108,7 +108,7 @@ def manifest_json(path: str, manifest: Manifest, only: Sequence[str]) -> dict[st
         "tensors": [
             {
                 **_spec_json(manifest.tensors[name].spec),
-                "layout": layout_words(boxes[name]),
+                "layout": layout_words(manifest.tensors[name].spec.shape, boxes[name]),
                 "packs": sorted({pack for _, pack in boxes[name]}),
             }
             for name in chosen
@@ -123,14 +123,15 @@ def manifest_json(path: str, manifest: Manifest, only: Sequence[str]) -> dict[st
 
 def tensor_json(manifest: Manifest, name: str) -> dict[str, Any]:
     """One tensor and all its boxes."""
-    boxes = boxes_of(manifest)[name]
+    boxes, spec = boxes_of(manifest)[name], manifest.tensors[name].spec
     return {
-        **_spec_json(manifest.tensors[name].spec),
-        "layout": layout_words(boxes),
+        **_spec_json(spec),
+        "layout": layout_words(spec.shape, boxes),
         "boxes": [
             {
                 "offset": list(box.offset),
                 "shape": list(box.shape),
+                "flat": _is_flat(spec.shape, box),
                 "pack": pack,
                 "file": manifest.packs[pack].file,
             }
@@ -212,14 +213,23 @@ def boxes_of(manifest: Manifest) -> dict[str, list[tuple[Box, int]]]:
     return {name: sorted(boxes) for name, boxes in found.items()}
 
 
-def layout_words(boxes: Sequence[tuple[Box, int]]) -> str:
-    """'whole', 'grid 2x4', '3 boxes', 'empty'."""
-    if len(boxes) < 2:
-        return "whole" if boxes and boxes[0][0].size else "empty"
+def layout_words(shape: Sequence[int], boxes: Sequence[tuple[Box, int]]) -> str:
+    """'whole', 'grid 2x4', '3 boxes', '4 flat ranges', 'empty'."""
+    if not math.prod(shape):
+        return "empty"
+    if len(boxes) == 1:
+        return "whole"
+    if _is_flat(shape, boxes[0][0]):
+        return f"{len(boxes)} flat ranges"
     counts = [len(set(offsets)) for offsets in zip(*(b.offset for b, _ in boxes), strict=True)]
     if math.prod(counts) == len(boxes):
         return f"grid {'x'.join(map(str, counts))}"
     return f"{len(boxes)} boxes"
+
+
+def _is_flat(shape: Sequence[int], box: Box) -> bool:
+    """Whether the box is a range of the flattened tensor, whose dims are others."""
+    return len(box.shape) != len(shape)
 
 
 def _spec_json(spec: TensorSpec) -> dict[str, Any]:

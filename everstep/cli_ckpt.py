@@ -147,22 +147,29 @@ def verify(
 ) -> None:
     """Read every byte of a checkpoint and compare it with its checksum."""
     from everstep import ckpt_report
-    from everstep.checkpoint.verify import verify_step
+    from everstep.checkpoint.digest import digest_step
+    from everstep.checkpoint.verify import verify_packs
     from everstep.ckpt_place import open_place
     from everstep.ckpt_text import byte_progress
 
     opened = open_place(place, step)
     step_id = opened.chosen()
-    with opened.open(step_id, threads=_threads(threads)) as reader:
-        total_bytes = sum(record.data_bytes for record in reader.manifest.packs)
-        with byte_progress("verifying", total_bytes) as on_bytes:
-            result = verify_step(reader, digest=digest, on_bytes=on_bytes)
-    found = ckpt_report.verification_json(opened.path(step_id), result)
+    workers = _threads(threads)
+    with opened.open(step_id, threads=workers) as reader:
+        manifest, state = reader.manifest, None
+        with byte_progress("verifying", manifest.size_bytes) as on_bytes:
+            damages = verify_packs(
+                opened.files(step_id), manifest, threads=workers, on_bytes=on_bytes
+            )
+        if digest and not damages:
+            with byte_progress("digesting", _size_bytes(reader, manifest.tensors)) as on_bytes:
+                state = digest_step(reader, on_bytes=on_bytes)
+    found = ckpt_report.verification_json(opened.path(step_id), manifest, damages, state)
     if as_json:
         _print_json(found)
     else:
         ckpt_report.print_verification(_console(), found)
-    raise typer.Exit(0 if found["ok"] else _NOT_THE_SAME)
+    raise typer.Exit(0 if found["whole"] else _NOT_THE_SAME)
 
 
 @ckpt_app.command(
