@@ -223,7 +223,7 @@ def _missing(manifest: Manifest, sizes: dict[str, int]) -> str | None:
         for record in manifest.packs
         if sizes.get(record.file) != record.size_bytes
     ]
-    more = f" (and {len(wrong) - 1} more packs)" if len(wrong) > 1 else ""
+    more = f" (and {len(wrong) - 1} more)" if len(wrong) > 1 else ""
     return f"{wrong[0]}{more}" if wrong else None
 
 

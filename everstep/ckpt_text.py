@@ -1,5 +1,6 @@
 """Lines, tables, bars and words that the reports of ``everstep ckpt`` are made of."""
 
+import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -17,6 +18,13 @@ _MAX_NAMES = 4
 _UNITS_S = (("d", 86400), ("h", 3600), ("min", 60), ("s", 1))
 
 
+def stdout_console() -> "Console":
+    """Standard output; where it is no terminal, lines are as long as they need to be."""
+    from rich.console import Console
+
+    return Console(width=None if sys.stdout.isatty() else _PIPED_WIDTH)
+
+
 def say(console: "Console", line: str) -> None:
     """One line as it is, not wrapped."""
     console.print(line, soft_wrap=True, markup=False, highlight=False)
@@ -28,8 +36,7 @@ def print_table(
     rows: Sequence[Sequence[str]],
     right: Sequence[int] = (),
 ) -> None:
-    """A table without lines; nothing is cut off, also where the output is no terminal;
-    it ends after ``MAX_ROWS`` rows, and says so."""
+    """A table without lines; nothing is cut off, it ends after ``MAX_ROWS`` rows, and says so."""
     from rich.table import Table
     from rich.text import Text
 
@@ -40,7 +47,7 @@ def print_table(
         table.add_column(header, justify=justify, overflow="fold", no_wrap=narrow)
     for row in rows[:MAX_ROWS]:
         table.add_row(*map(Text, row))
-    console.print(table, width=None if console.is_terminal else _PIPED_WIDTH)
+    console.print(table)
     if len(rows) > MAX_ROWS:
         say(console, f"and {len(rows) - MAX_ROWS:,} more: --json has all of them")
 

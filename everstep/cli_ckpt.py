@@ -7,8 +7,6 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 if TYPE_CHECKING:
-    from rich.console import Console
-
     from everstep.checkpoint.step_reader import StepReader
 
 ckpt_app = typer.Typer(
@@ -67,13 +65,16 @@ def ls(
 
     from everstep import ckpt_view
     from everstep.ckpt_place import open_place, survey
+    from everstep.ckpt_text import stdout_console
 
     opened = open_place(place)
     found = survey(opened.directory)
     if as_json:
         _print_json(ckpt_view.steps_json(opened, found, everything=everything))
     else:
-        ckpt_view.print_steps(_console(), opened, found, everything=everything, now_s=time.time())
+        ckpt_view.print_steps(
+            stdout_console(), opened, found, everything=everything, now_s=time.time()
+        )
     if found.problem:
         _complain(found.problem)
     if found.problem or any(facts.problem for facts in found.steps):
@@ -103,6 +104,7 @@ def inspect(
     from everstep import ckpt_view
     from everstep.checkpoint.errors import CheckpointError
     from everstep.ckpt_place import open_place
+    from everstep.ckpt_text import stdout_console
 
     opened = open_place(place, step)
     step_id = opened.chosen()
@@ -119,9 +121,9 @@ def inspect(
     if as_json:
         _print_json(found)
     elif tensor is not None:
-        ckpt_view.print_tensor(_console(), found)
+        ckpt_view.print_tensor(stdout_console(), found)
     else:
-        ckpt_view.print_manifest(_console(), found)
+        ckpt_view.print_manifest(stdout_console(), found)
 
 
 @ckpt_app.command(
@@ -150,7 +152,7 @@ def verify(
     from everstep.checkpoint.digest import digest_step
     from everstep.checkpoint.verify import verify_packs
     from everstep.ckpt_place import open_place
-    from everstep.ckpt_text import byte_progress
+    from everstep.ckpt_text import byte_progress, stdout_console
 
     opened = open_place(place, step)
     step_id = opened.chosen()
@@ -168,7 +170,7 @@ def verify(
     if as_json:
         _print_json(found)
     else:
-        ckpt_report.print_verification(_console(), found)
+        ckpt_report.print_verification(stdout_console(), found)
     raise typer.Exit(0 if found["whole"] else _NOT_THE_SAME)
 
 
@@ -222,7 +224,7 @@ def _diff(
     from everstep.checkpoint.compare import compare_steps
     from everstep.checkpoint.digest import RNG_PREFIX
     from everstep.ckpt_place import open_place
-    from everstep.ckpt_text import byte_progress, matching
+    from everstep.ckpt_text import byte_progress, matching, stdout_console
 
     places = open_place(first), open_place(second)
     chosen = [place.chosen() for place in places]
@@ -243,7 +245,7 @@ def _diff(
     if as_json:
         _print_json({**found, "rng_compared": rng})
     else:
-        ckpt_report.print_comparison(_console(), found, rng=rng)
+        ckpt_report.print_comparison(stdout_console(), found, rng=rng)
     return 0 if result.equal else _NOT_THE_SAME
 
 
@@ -272,6 +274,7 @@ def gc(
     """Delete half-written steps, steps outside the lineage, and all but the newest N."""
     from everstep import ckpt_gc
     from everstep.ckpt_place import open_place
+    from everstep.ckpt_text import stdout_console
 
     opened = open_place(place)
     opened.check_whole()
@@ -280,7 +283,7 @@ def gc(
     if as_json:
         _print_json(found)
     else:
-        ckpt_gc.print_gc(_console(), found)
+        ckpt_gc.print_gc(stdout_console(), found)
 
 
 def _size_bytes(reader: "StepReader", names: Iterable[str]) -> int:
@@ -292,12 +295,6 @@ def _threads(asked: int | None) -> int:
     import os
 
     return asked or len(os.sched_getaffinity(0))
-
-
-def _console() -> "Console":
-    from rich.console import Console
-
-    return Console()
 
 
 def _print_json(value: Any) -> None:
