@@ -98,7 +98,7 @@ def compare_steps(
         atol: None: elements are equal if their bits are. Else also if their numbers differ by at
             most this much, or if both are NaN.
         objects: whether to compare the JSON-able state, too.
-        on_bytes: called with the number of bytes of each piece of the first that is done.
+        on_bytes: called with the number of bytes of the first that are compared so far.
 
     Raises:
         DamagedError: a pack is not what its manifest says.
@@ -106,11 +106,17 @@ def compare_steps(
     """
     mine, other = first.manifest.tensors, second.manifest.tensors
     chosen = sorted(names)
-    compared = [
-        _compare_tensor(first, second, name, atol, on_bytes)
-        for name in chosen
-        if name in mine and name in other
-    ]
+    done_bytes = 0
+    compared = []
+    for name in chosen:
+        if name in mine and name in other:
+
+            def report(count: int, before: int = done_bytes) -> None:
+                if on_bytes is not None:
+                    on_bytes(before + count)
+
+            compared.append(_compare_tensor(first, second, name, atol, report))
+            done_bytes += mine[name].spec.size_bytes
     return Comparison(
         only_first=tuple(n for n in chosen if n in mine and n not in other),
         only_second=tuple(n for n in chosen if n in other and n not in mine),
@@ -167,20 +173,20 @@ def _compare_tensor(
     second: StepReader,
     name: str,
     atol: float | None,
-    on_bytes: Callable[[int], None] | None,
+    on_bytes: Callable[[int], None],
 ) -> TensorComparison:
     a, b = first.manifest.tensors[name].spec, second.manifest.tensors[name].spec
     if a.shape != b.shape:
         return TensorComparison(first=a, second=b, differences=None)
-    found = Differences()
+    found, done_bytes = Differences(), 0
     for piece in pieces(a.whole, PIECE_BYTES // max(a.item_bytes, b.item_bytes)):
         data_a, data_b = first.read(name, piece), second.read(name, piece)
         for at in range(0, piece.size, _CHUNK_ITEMS):
             part_a = data_a[at * a.item_bytes : (at + _CHUNK_ITEMS) * a.item_bytes]
             part_b = data_b[at * b.item_bytes : (at + _CHUNK_ITEMS) * b.item_bytes]
             found += differences(a, part_a, b, part_b, atol)
-        if on_bytes is not None:
-            on_bytes(len(data_a))
+        done_bytes += len(data_a)
+        on_bytes(done_bytes)
     return TensorComparison(first=a, second=b, differences=found)
 
 

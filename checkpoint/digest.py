@@ -58,21 +58,23 @@ def digest_step(
 
     Args:
         reader: of the checkpoint.
-        on_bytes: called with the number of bytes of each piece that is done.
+        on_bytes: called with the number of bytes digested so far.
 
     Raises:
         DamagedError: a pack is not what the manifest says.
         OSError: as the file system reports it.
     """
-    sums = {}
+    sums: dict[TensorSpec, int] = {}
+    done_bytes = 0
     for stored in reader.manifest.tensors.values():
         spec = stored.spec
         sums[spec] = 0
         for piece in pieces(spec.whole, PIECE_BYTES // spec.item_bytes):
             data = reader.read(spec.name, piece)
             sums[spec] += box_digest(spec, piece, data)
+            done_bytes += len(data)
             if on_bytes is not None:
-                on_bytes(len(data))
+                on_bytes(done_bytes)
     return combine(sums, reader.manifest.objects)
 
 

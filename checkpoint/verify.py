@@ -57,23 +57,25 @@ def verify_packs(
         files: of the checkpoint.
         manifest: of the checkpoint.
         threads: that compute checksums.
-        on_bytes: called with the number of bytes of packs that have been dealt with since.
+        on_bytes: called with the number of bytes of packs that have been dealt with so far.
     """
     report = on_bytes or (lambda _: None)
-    found = []
+    found: list[Damage] = []
+    before_bytes = 0
     for number, record in enumerate(manifest.packs):
         held = _Held(manifest, number)
         done_bytes = 0
         for n_bytes, block, problem in _examine(files, record, threads):
             done_bytes += n_bytes
-            report(n_bytes)
+            report(before_bytes + done_bytes)
             if problem is not None:
                 found.append(
                     Damage(
                         file=record.file, block=block, problem=problem, tensors=held.tensors(block)
                     )
                 )
-        report(record.size_bytes - done_bytes)
+        before_bytes += record.size_bytes
+        report(before_bytes)
     return found
 
 

@@ -54,7 +54,7 @@ def print_table(
 
 @contextmanager
 def byte_progress(what: str, total_bytes: int) -> Iterator[Callable[[int], None]]:
-    """A bar on a terminal's error stream, to be told of bytes as they are done."""
+    """A bar on a terminal's error stream, to be told how many bytes are done so far."""
     from rich.console import Console
     from rich.progress import (
         BarColumn,
@@ -78,7 +78,7 @@ def byte_progress(what: str, total_bytes: int) -> Iterator[Callable[[int], None]
     )
     with bar:
         task = bar.add_task("", total=total_bytes)
-        yield lambda count: bar.advance(task, count)
+        yield lambda done_bytes: bar.update(task, completed=done_bytes)
 
 
 def matching(names: Mapping[str, Any], only: Sequence[str]) -> list[str]:

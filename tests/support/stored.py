@@ -41,6 +41,7 @@ def save_arrays(
     bounds: Mapping[str, Sequence[Sequence[int]]] | None = None,
     dtypes: Mapping[str, str] | None = None,
     objects: Mapping[str, Any] | None = None,
+    mesh: Mapping[str, int] | None = None,
     attempt: str = "0123abcd",
     producer: Mapping[str, str] | None = None,
 ) -> None:
@@ -54,6 +55,7 @@ def save_arrays(
         bounds: inner boundaries per dim of the tensors that are cut.
         dtypes: of arrays that hold the bits of a type that numpy lacks.
         objects: JSON-able state.
+        mesh: default: one axis over all ranks.
         attempt: part of the packs' names.
         producer: versions; default: of a test.
     """
@@ -77,7 +79,7 @@ def save_arrays(
         plan = plan_pack(rank, fragments)
         record = write_pack(path / f"rank-{rank:05d}-{attempt}.safetensors", plan, source)
         context = {
-            "mesh": {"rank": world_size},
+            "mesh": dict(mesh or {"rank": world_size}),
             "producer": dict(producer or {"everstep": "test"}),
             "objects": dict(objects or {}),
         }

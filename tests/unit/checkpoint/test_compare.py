@@ -116,7 +116,10 @@ def compared(tmp_path: Path, first: dict[str, Array], second: dict[str, Array]) 
         saved_reader(tmp_path / "2", second, bounds=bounds, world_size=8, objects={"x": 2}) as two,
     ):
         names = {*first, *second} - {"left out"}
-        return compare_steps(one, two, names=names, on_bytes=done.append)
+        found = compare_steps(one, two, names=names, on_bytes=done.append)
+    assert done == sorted(done)
+    assert done[-1] <= sum(array.nbytes for array in first.values())
+    return found
 
 
 def test_equal_states_in_two_layouts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from everstep.checkpoint import digest as digest_module
@@ -55,6 +55,7 @@ def cut_tensors(draw: st.DrawFn) -> tuple[tuple[int, ...], list[list[int]], int]
     return shape, bounds, draw(st.integers(1, 40))
 
 
+@settings(deadline=None)
 @given(cut_tensors(), st.sampled_from(["F32", "BF16", "I64", "BOOL"]))
 def test_any_cutting_into_boxes_gives_the_same_digest(
     case: tuple[tuple[int, ...], list[list[int]], int], dtype: str
@@ -122,7 +123,8 @@ def test_checkpoints_of_one_state_have_one_digest_in_any_layout(tmp_path: Path) 
     done: list[int] = []
     with saved_reader(tmp_path / "a", arrays, dtypes=dtypes) as reader:
         first = digest_step(reader, on_bytes=done.append)
-    assert sum(done) == sum(a.nbytes for a in arrays.values())
+    assert done == sorted(done)
+    assert done[-1] == sum(a.nbytes for a in arrays.values())
     bounds = {"model.w": [(2, 3, 8), (5, 6)], "model.b": [(1, 29)]}
     arrays["rng.rank0.x"] = arrays["rng.rank0.x"][::-1]
     with saved_reader(

@@ -1,7 +1,7 @@
 """Boxes are cut into pieces that are contiguous runs of them, in order."""
 
 import numpy as np
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from everstep.checkpoint.layout import Box
@@ -17,6 +17,7 @@ def boxes_in_shapes(draw: st.DrawFn) -> tuple[tuple[int, ...], Box]:
     return shape, Box(offset, size)
 
 
+@settings(deadline=None)
 @given(boxes_in_shapes(), st.integers(1, 60))
 def test_pieces_are_the_box_in_order(case: tuple[tuple[int, ...], Box], max_items: int) -> None:
     shape, box = case
