@@ -1,8 +1,9 @@
 """``everstep ckpt``: look at checkpoints, verify, compare and clear them away."""
 
+import functools
 import sys
-from collections.abc import Iterable
-from typing import TYPE_CHECKING, Annotated, Any
+from collections.abc import Callable, Iterable
+from typing import TYPE_CHECKING, Annotated, Any, ParamSpec, TypeVar
 
 import typer
 
@@ -34,8 +35,28 @@ OnlyOption = Annotated[
 Threads = Annotated[
     int | None, typer.Option(min=1, metavar="N", help="Copy threads; default: one per core.")
 ]
+_P = ParamSpec("_P")
+_R = TypeVar("_R")
 _NOT_THE_SAME = 1
 _TROUBLE = 2
+
+
+def _in_one_sentence(command: Callable[_P, _R]) -> Callable[_P, _R]:
+    """A function that tells what a file system refuses as it tells its own errors."""
+
+    @functools.wraps(command)
+    def run(*args: _P.args, **options: _P.kwargs) -> _R:
+        try:
+            return command(*args, **options)
+        except BrokenPipeError:
+            raise
+        except OSError as error:
+            from everstep.checkpoint.errors import CheckpointError
+
+            where = f"{error.filename}: " if error.filename else ""
+            raise CheckpointError(f"{where}{error.strerror or error}") from error
+
+    return run
 
 
 @ckpt_app.command(
@@ -52,6 +73,7 @@ Examples:
 the packs is read by `everstep ckpt verify`. Exit code: 1 when something listed is damaged.
 """,
 )
+@_in_one_sentence
 def ls(
     place: PlaceArgument,
     everything: Annotated[
@@ -91,6 +113,7 @@ Examples:
   everstep ckpt inspect runs/demo --tensor model.head.weight    where its boxes are
 """,
 )
+@_in_one_sentence
 def inspect(
     place: PlaceArgument,
     step: StepOption = None,
@@ -138,6 +161,7 @@ Examples:
 Exit code: 0 whole, 1 damaged.
 """,
 )
+@_in_one_sentence
 def verify(
     place: PlaceArgument,
     step: StepOption = None,
@@ -209,8 +233,9 @@ def diff(
     """
     from everstep.checkpoint.errors import EverstepError
 
+    compare = _in_one_sentence(_diff)
     try:
-        code = _diff(first, second, only or [], atol, _threads(threads), as_json)
+        code = compare(first, second, only or [], atol, _threads(threads), as_json)
     except EverstepError as error:
         _complain(str(error))
         code = _TROUBLE
@@ -262,6 +287,7 @@ Examples:
 The newest checkpoint is never deleted. A directory that a job writes to is refused.
 """,
 )
+@_in_one_sentence
 def gc(
     place: PlaceArgument,
     keep: Annotated[

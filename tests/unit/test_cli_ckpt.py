@@ -176,6 +176,18 @@ def test_what_is_no_place_is_told_in_one_sentence(tmp_path: Path, ckpt: Ckpt, co
         assert ckpt.errors.count("\n") == 1
 
 
+def test_what_the_file_system_refuses_is_told_in_one_sentence(
+    run: Path, ckpt: Ckpt, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object) -> None:
+        raise PermissionError(13, "Permission denied", "/some/file")
+
+    monkeypatch.setattr(CheckpointDirectory, "committed", refuse)
+    for command, code in ((("ls", run), 1), (("verify", run), 1), (("diff", run, run), 2)):
+        assert ckpt(*command, code=code) == ""
+        assert ckpt.errors == "error: /some/file: Permission denied\n"
+
+
 def test_which_step_is_meant(run: Path, ckpt: Ckpt, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = manifest_of(run, StepId(1, 30)).parent
     for arguments, step in (
