@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from everstep.checkpoint.errors import EverstepError
+from everstep.cli_ckpt import ckpt_app
 from everstep.cli_data import data_app
 from everstep.cli_jobs import register as register_job_commands
 from everstep.cli_options import ConfigArgument, Nproc, Overrides, Resume
@@ -34,6 +35,7 @@ Start here:
 config_app = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="Look at configs.")
 app.add_typer(config_app, name="config")
 app.add_typer(data_app, name="data")
+app.add_typer(ckpt_app, name="ckpt")
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
