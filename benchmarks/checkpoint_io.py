@@ -42,7 +42,7 @@ from dataclasses import asdict
 from importlib import metadata
 from pathlib import Path
 
-from checkpoint_io_files import drop, file_system, resident_share, warm
+from checkpoint_io_files import drop, file_system, resident_share, takes_direct, warm
 from checkpoint_io_ranks import Ranks
 from checkpoint_io_report import Samples, goals, plot, print_report, quartiles, rows_of
 from checkpoint_io_turns import (
@@ -136,6 +136,8 @@ def main() -> int:
     with tempfile.TemporaryDirectory(prefix="everstep-bench-", dir=arguments.folder) as name:
         folder = Path(name)
         disk = file_system(folder)
+        if not takes_direct(folder):
+            parser.error(f"{disk} takes no O_DIRECT: choose a folder on a disk with --folder")
         with Ranks("checkpoint_io_ways:Worker", RANKS, folder, size) as ranks:
             stage = Stage(ranks, folder)
             for number in range(rounds + 1):

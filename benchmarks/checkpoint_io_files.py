@@ -1,6 +1,7 @@
 """Files of the checkpoint benchmark: past the page cache, into it, out of it; syncs counted."""
 
 import ctypes
+import errno
 import mmap
 import os
 from collections.abc import Callable, Iterator
@@ -30,6 +31,20 @@ def write_direct(path: Path, data: np.ndarray) -> None:
         os.fdatasync(fd)
     finally:
         os.close(fd)
+
+
+def takes_direct(folder: Path) -> bool:
+    """Whether files there can be written past the page cache."""
+    probe = folder / "probe"
+    try:
+        write_direct(probe, page_aligned(1))
+    except OSError as e:
+        if e.errno != errno.EINVAL:
+            raise
+        return False
+    finally:
+        probe.unlink(missing_ok=True)
+    return True
 
 
 def read_direct(path: Path, data: np.ndarray) -> None:
