@@ -1,6 +1,9 @@
 """Parts of the benchmarks that decide something; the rest is run by ``make bench``."""
 
 import importlib.util
+import json
+import os
+import subprocess
 import sys
 from argparse import Namespace
 from pathlib import Path
@@ -60,3 +63,66 @@ def test_a_variant_of_the_gpu_benchmark_that_takes_too_long_has_failed(tmp_path:
 def test_ratios_of_the_data_benchmark_are_of_neighbouring_turns() -> None:
     quartiles = load("data_limits").ratio_quartiles([1.0, 20.0, 3.0], [2.0, 10.0, 3.0])
     assert quartiles == [0.5, 1.0, 2.0]
+
+
+def test_the_checkpoint_benchmark_measures_every_way_and_checks_what_it_loads(
+    tmp_path: Path,
+) -> None:
+    pytest.importorskip("tensorstore")
+    out, folder = tmp_path / "result.json", tmp_path / "folder"
+    folder.mkdir()
+    command = [sys.executable, str(FOLDER / "checkpoint_io.py"), "--tiny"]
+    done = subprocess.run(
+        [*command, "--json", str(out), "--folder", str(folder)],
+        env=os.environ | {"PYTHONPATH": str(FOLDER.parent)},
+        capture_output=True,
+        text=True,
+        timeout=110,
+    )
+    if "takes no O_DIRECT" in done.stderr:
+        pytest.skip("the temporary folder is not on a disk")
+    assert done.returncode == 0, done.stderr
+    report = json.loads(out.read_text())
+    assert {"cpu", "cores", "file_system"} <= report["hardware"].keys()
+    assert report["tensors"] == 21
+    kinds = [turn["kind"] for turn in report["turns"]]
+    assert set(kinds) == {"save", "load warm", "load cold"}
+    for turn in report["turns"]:
+        assert turn["samples"]["cpu_s"][0] > 0
+        assert turn["samples"]["wall_s"][0] > 0
+    ours = [t for t in report["turns"] if t["way"] == "everstep"]
+    assert {t["layout"] for t in ours} == {"4 row shards", "2x2 boxes", "tp2 x dp2", "1 rank"}
+    assert all(t["samples"]["syncs"][0] > 2 for t in ours if t["kind"] == "save")
+    assert "wanted" in done.stdout
+    assert not any(folder.iterdir())
+
+
+def test_rounds_of_the_checkpoint_benchmark_hold_the_same_turns_in_another_order(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.syspath_prepend(FOLDER)
+    turns_of = load("checkpoint_io_turns")
+    turns = turns_of.all_turns()
+    assert len(set(turns)) == len(turns)
+    orders = [turns_of.in_round(turns, number, 5) for number in range(5)]
+    assert all(set(order) == set(turns) for order in orders)
+    assert len({order[0] for order in orders}) == 5
+    assert 1.0e9 < turns_of.FULL.size_bytes < 2.0e9
+    assert len(turns_of.FULL.shapes()) == 300
+
+
+def test_goals_of_the_checkpoint_benchmark_are_judged_by_the_median(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.syspath_prepend(FOLDER)
+    report = load("checkpoint_io_report")
+    turns_of = sys.modules["checkpoint_io_turns"]
+    found = {t: report.Samples([1.0] * 3, [1.0] * 3) for t in turns_of.all_turns()}
+    raw = next(t for t in found if t.kind == "save" and t.way == "raw O_DIRECT")
+    found[raw] = report.Samples([0.5, 0.95, 2.0], [1.0] * 3)
+    shown = {goal.claim: goal for goal in report.goals(found, [0.5])}
+    saves = [goal for claim, goal in shown.items() if claim.startswith("save, 4")]
+    assert saves[0].found == [0.725, 0.95, 1.475]
+    assert saves[0].met
+    assert not any(goal.met for claim, goal in shown.items() if "CPU of DCP" in claim)
+    assert shown["plan of one rank's load, CPU seconds"].met
