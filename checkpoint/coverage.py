@@ -1,9 +1,10 @@
 """Proof that fragments cover a tensor exactly once, and the layout that they form (pure)."""
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from functools import lru_cache
 from itertools import pairwise
+from typing import NamedTuple
 
 import numpy as np
 
@@ -23,6 +24,82 @@ MAX_CORNERS = 2**24
 """Corners of all boxes of a tensor, counting only the dims along which it is cut."""
 
 
+class Share(NamedTuple):
+    """A distinct fragment of a tensor."""
+
+    number: int
+    """Of it among all fragments of the tensor that ranks hold."""
+    ranks: tuple[int, ...]
+    """Who holds it, ascending."""
+    n_items: int
+
+
+class Holding(NamedTuple):
+    """How a tensor is spread over ranks."""
+
+    layout: Layout
+    shares: tuple[Share, ...]
+    """In the order of the layout's cells; one share of no items where the tensor has none."""
+
+
+def holdings(
+    held: Sequence[Iterable[Fragment]], *, once: bool = False
+) -> Iterator[tuple[TensorSpec, list[Fragment], Holding]]:
+    """For each tensor, by name, all fragments of it in the order of ranks, and how these hold it.
+
+    Args:
+        held: for each rank its fragments.
+        once: whether no two ranks may hold the same.
+
+    Raises:
+        LayoutError: ranks disagree about a tensor's dtype or shape, or their fragments of it, the
+            same ones counted once, leave a hole, overlap, or are in part boxes and in part flat
+            ranges; or two are the same.
+    """
+    found: dict[str, tuple[TensorSpec, list[Fragment], list[int]]] = {}
+    for rank, fragments in enumerate(held):
+        for fragment in fragments:
+            spec = fragment.spec
+            known = found.get(spec.name)
+            if known is None:
+                known = found[spec.name] = spec, [], []
+            if known[0] is not spec and known[0] != spec:
+                raise LayoutError(
+                    f"tensor {spec.name!r} is {known[0].dtype} {known[0].shape} on one rank and "
+                    f"{spec.dtype} {spec.shape} on rank {rank}"
+                )
+            known[1].append(fragment)
+            known[2].append(rank)
+    for name in sorted(found):
+        spec, mine, ranks = found[name]
+        try:
+            yield spec, mine, _hold(spec.shape, tuple([f[1:] for f in mine]), tuple(ranks), once)
+        except ValueError as e:
+            raise LayoutError(f"tensor {name!r} of shape {spec.shape}: {e}") from None
+
+
+@lru_cache(maxsize=128)
+def _hold(
+    shape: tuple[int, ...],
+    cells: tuple[tuple[Box, bool], ...],
+    ranks: tuple[int, ...],
+    once: bool,
+) -> Holding:
+    """The tensors of a model are held in few different ways; raises ValueError."""
+    holders: dict[tuple[Box, bool], tuple[int, list[int]]] = {}
+    for number, (cell, rank) in enumerate(zip(cells, ranks, strict=True)):
+        _, mine = holders.setdefault(cell, (number, []))
+        if rank not in mine[-1:]:
+            mine.append(rank)
+        if once and len(mine) > 1:
+            raise ValueError(f"two ranks wrote the same part of it, at {list(cell[0].offset)}")
+    shares = tuple(
+        Share(number, tuple(of_cell), box.size)
+        for (box, _), (number, of_cell) in sorted(holders.items(), key=lambda item: item[0])
+    )
+    return Holding(_layout(shape, holders), shares)
+
+
 def layout_of(spec: TensorSpec, fragments: Iterable[Fragment]) -> Layout:
     """The layout that fragments of a tensor form; the same fragment may be given several times.
 
@@ -32,16 +109,8 @@ def layout_of(spec: TensorSpec, fragments: Iterable[Fragment]) -> Layout:
     Raises:
         LayoutError: they leave a hole, overlap, or are in part boxes and in part flat ranges.
     """
-    found = dict.fromkeys((f.box, f.flat) for f in fragments if f.box.size)
-    if len(kinds := {flat for _, flat in found}) > 1:
-        raise LayoutError(
-            f"tensor {spec.name!r} of shape {spec.shape} is held as boxes by some ranks and as "
-            "flat ranges by others: cut it in one way"
-        )
-    if not math.prod(spec.shape):
-        return Grid(tuple((0, n) if n else (0,) for n in spec.shape))
     try:
-        return _layout_of(spec.shape, tuple(box for box, _ in found), True in kinds)
+        return _layout(spec.shape, {f[1:] for f in fragments})
     except ValueError as e:
         raise LayoutError(f"tensor {spec.name!r} of shape {spec.shape}: {e}") from None
 
@@ -58,15 +127,16 @@ def grid_of(spec: TensorSpec, boxes: Iterable[Box]) -> Grid:
     return layout
 
 
-@lru_cache(maxsize=512)
-def _layout_of(shape: tuple[int, ...], cells: tuple[Box, ...], flat: bool) -> Layout:
-    """Layout of a tensor that is not empty; the tensors of a model have few different ones.
-
-    Raises:
-        ValueError: the cells do not cover it exactly once.
-    """
-    ordered = sorted(cells)
-    if flat:
+def _layout(shape: tuple[int, ...], cells: Collection[tuple[Box, bool]]) -> Layout:
+    """As ``layout_of``, of distinct cells, raising ValueError."""
+    if not math.prod(shape):
+        return Grid(tuple((0, n) if n else (0,) for n in shape))
+    ordered = sorted(box for box, _ in cells if box.size)
+    if len(kinds := {flat for box, flat in cells if box.size}) > 1:
+        raise ValueError(
+            "it is held as boxes by some ranks and as flat ranges by others: cut it in one way"
+        )
+    if True in kinds:
         return FlatRanges(shape, _flat_bounds(math.prod(shape), ordered))
     starts: list[set[int]] = [set() for _ in shape]
     for box in ordered:
@@ -75,9 +145,8 @@ def _layout_of(shape: tuple[int, ...], cells: tuple[Box, ...], flat: bool) -> La
     grid = Grid(tuple((*sorted(s), n) for s, n in zip(starts, shape, strict=True)))
     if (
         grid.n_cells == len(ordered)
-        and all(lo < hi for b in grid.bounds for lo, hi in pairwise(b))
+        and all(b[0] == 0 and all(lo < hi for lo, hi in pairwise(b)) for b in grid.bounds)
         and list(grid.cells()) == ordered
-        and all(b[0] == 0 for b in grid.bounds)
     ):
         return grid
     check_boxes(shape, ordered)

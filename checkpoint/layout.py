@@ -166,6 +166,8 @@ class Piece(NamedTuple):
 class Layout(Protocol):
     """How a stored tensor is cut into cells, each item being in exactly one of them."""
 
+    def __hash__(self) -> int: ...
+
     @property
     def flat(self) -> bool:
         """Whether cells are ranges of the flattened tensor: see ``Fragment.flat``."""
@@ -304,7 +306,8 @@ class FlatRanges:
 
     def cell_sizes(self) -> Integers:
         """Number of items of each range."""
-        return np.diff(np.array(self.bounds, np.int64))
+        bounds = np.array(self.bounds, np.int64)
+        return bounds[1:] - bounds[:-1]
 
     def overlapping(self, wanted: Box) -> Iterator[Piece]:
         """What to copy to fill a box of size > 0."""

@@ -4,7 +4,7 @@ import math
 import reprlib
 from collections.abc import Mapping
 from itertools import pairwise
-from typing import Any
+from typing import Any, NamedTuple
 
 from everstep.checkpoint.coverage import check_boxes
 from everstep.checkpoint.grid_codec import (
@@ -42,6 +42,13 @@ def encode_layout(layout: Layout) -> dict[str, Any]:
             raise TypeError(f"{type(layout).__name__} has no JSON form")
 
 
+class _Known(NamedTuple):
+    shape: tuple[int, ...]
+    layout: Layout
+    n_cells: int
+    n_items: int
+
+
 class LayoutDecoder:
     """Decodes the layouts of the tensors of one manifest, of which few are different.
 
@@ -51,12 +58,18 @@ class LayoutDecoder:
 
     def __init__(self, n_packs: int) -> None:
         self._n_packs = n_packs
-        self._layouts: dict[str, tuple[tuple[int, ...], Layout]] = {}
+        self._layouts: dict[str, _Known] = {}
         self._packs: dict[tuple[str, int], tuple[int, ...]] = {}
-        self._cells_left = MAX_CELLS
+        self._cells_left, self._bytes_left = MAX_CELLS, MAX_SIZE_BYTES
 
-    def decode(self, coded: Mapping[str, Any]) -> tuple[tuple[int, ...], Layout, tuple[int, ...]]:
+    def decode(
+        self, coded: Mapping[str, Any], item_bytes: int
+    ) -> tuple[tuple[int, ...], Layout, tuple[int, ...]]:
         """Global shape, layout, and pack of each cell of a tensor.
+
+        Args:
+            coded: what the manifest says of the tensor.
+            item_bytes: bytes per item of it.
 
         Raises:
             KeyError: a member is missing.
@@ -68,16 +81,12 @@ class LayoutDecoder:
         key = f"{coded['shape']!r} {form} {coded[form]!r}"
         known = self._layouts.get(key)
         if known is None:
-            shape = extents(coded["shape"])
-            if math.prod(shape) >= MAX_SIZE_BYTES:
-                raise ValueError(f"shape {reprlib.repr(shape)} has too many items")
-            known = shape, self._decode_layout(form, coded[form], shape)
-            self._layouts[key] = known
-        shape, layout = known
-        count = layout.n_cells
+            known = self._layouts[key] = self._decode_layout(form, coded[form], coded["shape"])
+        shape, layout, count, n_items = known
         self._cells_left -= count
-        if self._cells_left < 0:
-            raise ValueError(f"its tensors have more than {MAX_CELLS} cells")
+        self._bytes_left -= n_items * item_bytes
+        if self._cells_left < 0 or self._bytes_left < 0:
+            raise ValueError(f"its tensors have more than {MAX_CELLS} cells or too many bytes")
         packs_key = repr(coded["packs"]), count
         packs = self._packs.get(packs_key)
         if packs is None:
@@ -85,14 +94,20 @@ class LayoutDecoder:
             self._packs[packs_key] = packs
         return shape, layout, packs
 
-    def _decode_layout(self, form: str, coded: Any, shape: tuple[int, ...]) -> Layout:
-        limit = max_cells(self._n_packs)
+    def _decode_layout(self, form: str, coded: Any, coded_shape: Any) -> _Known:
+        shape, limit = extents(coded_shape), max_cells(self._n_packs)
+        n_items = math.prod(shape)
+        if n_items > MAX_SIZE_BYTES:
+            raise ValueError(f"shape {reprlib.repr(shape)} has too many items")
+        layout: Layout
         if form == "grid":
-            return Grid(decode_bounds(coded, shape, limit))
-        if form == "flat":
-            (bounds,) = decode_bounds([coded], [math.prod(shape)], limit)
-            return FlatRanges(shape, bounds)
-        return Boxes(_decode_boxes(coded, shape, limit))
+            layout = Grid(decode_bounds(coded, shape, limit))
+        elif form == "flat":
+            (bounds,) = decode_bounds([coded], [n_items], limit)
+            layout = FlatRanges(shape, bounds)
+        else:
+            layout = Boxes(_decode_boxes(coded, shape, limit))
+        return _Known(shape, layout, layout.n_cells, n_items)
 
 
 def _decode_boxes(coded: Any, shape: tuple[int, ...], limit: int) -> tuple[Box, ...]:

@@ -13,14 +13,13 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from everstep.checkpoint.coverage import layout_of
+from everstep.checkpoint.coverage import holdings
 from everstep.checkpoint.errors import CoverageError, LayoutError, ManifestError
 from everstep.checkpoint.grid_codec import encode_runs
 from everstep.checkpoint.json_checks import dtype, extents, mapping, natural, text
-from everstep.checkpoint.layout import Box, Fragment, Grid, Layout, TensorSpec
+from everstep.checkpoint.layout import ITEM_BYTES, Box, Fragment, Grid, Layout, TensorSpec
 from everstep.checkpoint.layout_codec import (
     MAX_CELLS,
-    MAX_SIZE_BYTES,
     LayoutDecoder,
     encode_layout,
     max_cells,
@@ -157,70 +156,77 @@ def build_manifest(parts: Sequence[Part], lineage: Lineage | None = None) -> Man
 
 def _stored(written: Sequence[Iterable[Fragment]]) -> dict[str, StoredTensor]:
     """All tensors, by name, of what each rank has written."""
-    found: dict[str, dict[Fragment, int]] = {}
-    for pack, fragments in enumerate(written):
-        for fragment in fragments:
-            if found.setdefault(fragment.spec.name, {}).setdefault(fragment, pack) != pack:
-                raise LayoutError(f"two ranks wrote {fragment.key!r}")
     tensors, n_cells = {}, 0
-    for name in sorted(found):
-        spec = next(iter(found[name])).spec
-        if any(f.spec is not spec and f.spec != spec for f in found[name]):
-            raise LayoutError(f"ranks disagree about the shape or dtype of {name!r}")
-        layout = layout_of(spec, found[name])
-        pack_of = {fragment.box: pack for fragment, pack in found[name].items()}
-        tensors[name] = StoredTensor(spec, layout, tuple(pack_of[c] for c in layout.cells()))
+    for spec, _, (layout, shares) in holdings(written, once=True):
+        packs = tuple(share.ranks[0] for share in shares if share.n_items)
+        tensors[spec.name] = StoredTensor(spec, layout, packs)
         n_cells += layout.n_cells
         if layout.n_cells > max_cells(len(written)) or n_cells > MAX_CELLS:
             raise LayoutError(
-                f"tensor {name!r} is cut into {layout.n_cells} fragments, which makes {n_cells} so "
-                f"far: a checkpoint of {len(written)} ranks has at most {max_cells(len(written))} "
-                f"of a tensor, and {MAX_CELLS} in all"
+                f"tensor {spec.name!r} is cut into {layout.n_cells} fragments, which makes "
+                f"{n_cells} so far: a checkpoint of {len(written)} ranks has at most "
+                f"{max_cells(len(written))} of a tensor, and {MAX_CELLS} in all"
             )
     return tensors
 
 
-def fragments_to_json(fragments: Iterable[Fragment]) -> list[Any]:
-    """For each fragment [name, dtype, global shape, ...]: offset and shape, or begin and end."""
-    return [
-        [
-            *(f.spec.name, f.spec.dtype, f.spec.shape),
-            *((f.box.offset[0], f.box.offset[0] + f.box.shape[0]) if f.flat else f.box),
-        ]
-        for f in fragments
+def fragments_to_json(fragments: Iterable[Fragment]) -> dict[str, Any]:
+    """Fragments as JSON: those of many tensors are cut alike, which is said once.
+
+    ``cells`` holds for each way [global shape, offset, shape], or [global shape, begin, end] of a
+    flat range; ``rows`` holds for each fragment [name, dtype, number of its cell].
+    """
+    cells: dict[tuple[tuple[int, ...], Box, bool], int] = {}
+    rows = [
+        [spec.name, spec.dtype, cells.setdefault((spec.shape, box, flat), len(cells))]
+        for spec, box, flat in fragments
     ]
+    return {
+        "cells": [
+            [shape, box.offset[0], box.offset[0] + box.shape[0]] if flat else [shape, *box]
+            for shape, box, flat in cells
+        ],
+        "rows": rows,
+    }
 
 
 SpecPool = dict[tuple[str, str, tuple[int, ...]], TensorSpec]
 
 
-def fragments_from_json(rows: Any, known: SpecPool | None = None) -> tuple[Fragment, ...]:
-    """Inverse of ``fragments_to_json``; raises TypeError or ValueError.
+def fragments_from_json(coded: Any, known: SpecPool | None = None) -> tuple[Fragment, ...]:
+    """Inverse of ``fragments_to_json``; raises KeyError, TypeError or ValueError.
 
     Args:
-        rows: what was decoded from JSON.
+        coded: what was decoded from JSON.
         known: tensors that other ranks have told of, which become the same objects; extended.
     """
     specs: SpecPool = {} if known is None else known
+    cells = [_decode_cell(*cell) for cell in mapping(coded)["cells"]]
     found = []
-    for name, dtype_name, global_shape, first, second in rows:
-        key = text(name), dtype(dtype_name), extents(global_shape)
-        spec = specs.get(key)
+    for name, dtype_name, number in coded["rows"]:
+        if type(number) is not int or not 0 <= number < len(cells):
+            raise ValueError(f"{name!r} has cell {reprlib.repr(number)} of {len(cells)}")
+        shape, box, flat = cells[number]
+        spec = specs.get((name, dtype_name, shape))
         if spec is None:
-            spec = specs[key] = TensorSpec(*key)
-        if type(first) is int:
-            fragment = Fragment(spec, Box((natural(first),), (natural(second) - first,)), True)
-            inside = first <= second <= math.prod(spec.shape)
-        else:
-            offset, shape = extents(first), extents(second)
-            fragment = Fragment(spec, Box(offset, shape))
-            inside = len(key[2]) == len(offset) == len(shape) and not any(
-                o + n > e for o, n, e in zip(offset, shape, key[2], strict=True)
-            )
-        if not inside:
-            raise ValueError(f"a fragment of {name!r} leaves the tensor or has other dims")
-        found.append(fragment)
+            spec = TensorSpec(text(name), dtype(dtype_name), shape)
+            specs[name, dtype_name, shape] = spec
+        found.append(Fragment(spec, box, flat))
     return tuple(found)
+
+
+def _decode_cell(coded_shape: Any, first: Any, second: Any) -> tuple[tuple[int, ...], Box, bool]:
+    global_shape = extents(coded_shape)
+    if type(first) is int:
+        if not natural(first) <= natural(second) <= math.prod(global_shape):
+            raise ValueError(f"[{first}, {second}) is no range of a flat tensor")
+        return global_shape, Box((first,), (second - first,)), True
+    offset, shape = extents(first), extents(second)
+    if not len(global_shape) == len(offset) == len(shape) or any(
+        o + n > e for o, n, e in zip(offset, shape, global_shape, strict=True)
+    ):
+        raise ValueError("a box leaves its tensor, or has other dims")
+    return global_shape, Box(offset, shape), False
 
 
 def encode_part(part: Part) -> bytes:
@@ -326,14 +332,11 @@ def _check_part(part: Part) -> None:
 
 
 def _decode_tensors(coded: Mapping[str, Any], n_packs: int) -> dict[str, StoredTensor]:
-    decoder, tensors, size_bytes = LayoutDecoder(n_packs), {}, 0
+    decoder, tensors = LayoutDecoder(n_packs), {}
     for name, t in coded.items():
-        shape, layout, packs = decoder.decode(t)
-        spec = TensorSpec(text(name), dtype(t["dtype"]), shape)
-        tensors[name] = StoredTensor(spec, layout, packs)
-        size_bytes += spec.size_bytes
-    if size_bytes >= MAX_SIZE_BYTES:
-        raise ValueError(f"its tensors have {size_bytes} bytes")
+        dtype_name = dtype(t["dtype"])
+        shape, layout, packs = decoder.decode(t, ITEM_BYTES[dtype_name])
+        tensors[name] = StoredTensor(TensorSpec(text(name), dtype_name, shape), layout, packs)
     return tensors
 
 

@@ -6,9 +6,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from everstep.checkpoint.coverage import layout_of
-from everstep.checkpoint.errors import LayoutError
-from everstep.checkpoint.layout import Box, Fragment, Integers, Layout, Piece, TensorSpec
+from everstep.checkpoint.coverage import holdings
+from everstep.checkpoint.layout import Box, Fragment, Integers, Layout, Piece
 
 
 def plan_save(
@@ -31,50 +30,33 @@ def plan_save(
         LayoutError: ranks disagree about a tensor's dtype or shape, or what they hold of it neither
             is the same nor fits together.
     """
-    load = _Load(nodes or range(len(layouts)))
+    own_bytes = [0] * len(layouts)
     owned: list[list[Fragment]] = [[] for _ in layouts]
     shared: list[tuple[Fragment, tuple[int, ...]]] = []
-    for held in _holders(layouts).values():
-        layout_of(next(iter(held)).spec, held)
-        for fragment, ranks in held.items():
+    for spec, fragments, holding in holdings(layouts):
+        item_bytes = spec.item_bytes
+        for number, ranks, n_items in holding.shares:
             if len(ranks) == 1:
-                owned[ranks[0]].append(fragment)
-                load.add(ranks[0], fragment.size_bytes)
+                owned[ranks[0]].append(fragments[number])
+                own_bytes[ranks[0]] += n_items * item_bytes
             else:
-                shared.append((fragment, tuple(ranks)))
-    for fragment, holders in sorted(shared, key=lambda s: (-s[0].size_bytes, s[0])):
-        owner = load.least(holders)
+                shared.append((fragments[number], ranks))
+    load = _Load(own_bytes, nodes or range(len(layouts)))
+    for fragment, choice in sorted(shared, key=lambda s: (-s[0].size_bytes, s)):
+        owner = load.least(choice)
         owned[owner].append(fragment)
         load.add(owner, fragment.size_bytes)
     return owned
 
 
-def _holders(layouts: Sequence[Sequence[Fragment]]) -> dict[str, dict[Fragment, list[int]]]:
-    """For each tensor, in order of names, its distinct fragments and the ranks that hold them."""
-    found: dict[str, dict[Fragment, list[int]]] = {}
-    specs: dict[str, TensorSpec] = {}
-    for rank, fragments in enumerate(layouts):
-        for fragment in fragments:
-            spec = fragment.spec
-            known = specs.setdefault(spec.name, spec)
-            if known is not spec and known != spec:
-                raise LayoutError(
-                    f"tensor {known.name!r} is {known.dtype} {known.shape} on one rank and "
-                    f"{spec.dtype} {spec.shape} on rank {rank}"
-                )
-            ranks = found.setdefault(spec.name, {}).setdefault(fragment, [])
-            if not ranks or ranks[-1] != rank:
-                ranks.append(rank)
-    return {name: found[name] for name in sorted(found)}
-
-
 class _Load:
     """Bytes that ranks and nodes have been given to write."""
 
-    def __init__(self, nodes: Sequence[int]) -> None:
+    def __init__(self, of_rank: Sequence[int], nodes: Sequence[int]) -> None:
         numbers, self._node_of = np.unique(np.array(nodes, np.int64), return_inverse=True)
-        self._of_rank = np.zeros(len(nodes), np.int64)
+        self._of_rank = np.array(of_rank, np.int64)
         self._of_node = np.zeros(len(numbers), np.int64)
+        np.add.at(self._of_node, self._node_of, self._of_rank)
         self._width = int(np.bincount(self._node_of).max(initial=1))
         self._index = lru_cache(maxsize=4096)(_as_array)
 
