@@ -18,10 +18,12 @@ and gets contiguous int64 inputs and targets. For each size, these take turns, r
 
 Figures are per step: medians over rounds, and the ratio to ours of neighbouring turns with its
 quartiles; CPU seconds are those of all threads and workers. Then the share of a real training
-step of this machine that next_step() takes, for ``configs/`` that it can run.
+step of this machine that next_step() takes, for ``configs/`` that it can run; with data.prefetch
+and without, steps take turns, too.
 """
 
 import argparse
+import contextlib
 import gc
 import json
 import os
@@ -215,27 +217,33 @@ def ratio_quartiles(first: list[float], second: list[float]) -> list[float]:
 
 
 def share_of_step(name: str, overrides: list[str], steps: int, folder: Path) -> dict[str, Any]:
-    """How much of a real step one rank waits for data, assembled ahead and not."""
+    """How much of a real step one rank waits for data, assembled ahead and not, step by step."""
     config = load_config(name, [*overrides, "train.eval_batches=0", "train.eval_every=0"])
     shape = resolve_mesh(config.mesh, 1)
     corpus = open_corpus(config.data, folder / "cache")
     engine = TorchEngine(config, shape, torch.device("cpu"), corpus.vocab_size)
-    result: dict[str, Any] = {"overrides": overrides}
-    for ahead in (0, AHEAD):
-        source = TrainStream(corpus, config.data, config.seed, 0, 1)
-        data_s, step_s = [], []
-        with prefetched(source, ahead) as stream:
-            for _ in range(steps):
+    taken: dict[int, list[tuple[float, float]]] = {0: [], AHEAD: []}
+    with contextlib.ExitStack() as open_streams:
+        streams = {
+            ahead: open_streams.enter_context(
+                prefetched(TrainStream(corpus, config.data, config.seed, 0, 1), ahead)
+            )
+            for ahead in taken
+        }
+        for number in range(steps):
+            for ahead in list(taken) if number % 2 == 0 else list(taken)[::-1]:
                 began_s = time.perf_counter()
-                batches = stream.next_step()
-                data_s.append(time.perf_counter() - began_s)
+                batches = streams[ahead].next_step()
+                data_s = time.perf_counter() - began_s
                 sum_over_ranks(engine.forward_backward(batches).reshape(1), 1)
                 engine.apply_gradients()
-                step_s.append(time.perf_counter() - began_s)
-        shares = [data / step for data, step in zip(data_s[2:], step_s[2:], strict=True)]
+                taken[ahead].append((data_s, time.perf_counter() - began_s))
+    result: dict[str, Any] = {"overrides": overrides}
+    for ahead, pairs in taken.items():
+        shares = [data_s / step_s for data_s, step_s in pairs[2:]]
         result[f"prefetch={ahead}"] = {
-            "step_s": statistics.median(step_s[2:]),
-            "data_s": statistics.median(data_s[2:]),
+            "step_s": statistics.median(step_s for _, step_s in pairs[2:]),
+            "data_s": statistics.median(data_s for data_s, _ in pairs[2:]),
             "data_share_quartiles": statistics.quantiles(shares, n=4),
         }
     return result

@@ -62,13 +62,16 @@ def overrides_of(config: RunConfig, arguments: argparse.Namespace, world_size: i
 def run_variant(arguments: argparse.Namespace, changed: list[str], folder: Path) -> dict[str, Any]:
     """Train in a process of its own; its figures, or its error."""
     command = [sys.executable, "-m", "everstep", "train", arguments.config]
-    done = subprocess.run(
-        [*command, "--run-dir", str(folder / "run"), *arguments.overrides, *changed],
-        capture_output=True,
-        text=True,
-        timeout=arguments.timeout_s,
-        check=False,
-    )
+    try:
+        done = subprocess.run(
+            [*command, "--run-dir", str(folder / "run"), *arguments.overrides, *changed],
+            capture_output=True,
+            text=True,
+            timeout=arguments.timeout_s,
+            check=False,
+        )
+    except subprocess.TimeoutExpired as error:
+        return {"failed": None, "error": [f"not done after {error.timeout:g} s (--timeout-s)"]}
     metrics = folder / "run" / "metrics.jsonl"
     if done.returncode != 0 or not metrics.exists():
         said = [line.strip() for line in (done.stderr + done.stdout).splitlines() if line.strip()]
@@ -93,7 +96,7 @@ def summarise(lines: list[dict[str, float]], arguments: argparse.Namespace) -> d
 def words(name: str, result: dict[str, Any]) -> str:
     """One line about a variant."""
     if "failed" in result:
-        return f"{name:22} failed with exit code {result['failed']}: {result['error'][-1:]}"
+        return f"{name:22} failed (exit code {result['failed']}): {' '.join(result['error'][-1:])}"
     low, middle, high = result["step_time_s"]
     mfu = f"{100 * result['mfu'][1]:.1f} % MFU, " if "mfu" in result else ""
     return (
@@ -115,6 +118,8 @@ def main() -> int:
     parser.add_argument("--timeout-s", type=float, default=1800.0, help="of each variant")
     parser.add_argument("--json", type=Path, help="where to write the result")
     arguments = parser.parse_intermixed_args()
+    if arguments.steps < 2:
+        parser.error(f"--steps: got {arguments.steps}, expected at least 2: figures are quartiles")
 
     gpus = machine.count_gpus()
     if arguments.device == "cuda" and not gpus:

@@ -1,6 +1,7 @@
 """The controller of a run: feeds what happens to ``transition`` and executes what it decides."""
 
 import contextlib
+import os
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
@@ -39,7 +40,7 @@ from everstep.cluster.local_driver import DEFAULT_PRELOAD, DEFAULT_TARGET, Local
 from everstep.cluster.log_tail import BEFORE_RANKS, LogTail
 from everstep.cluster.run_dir import RunDir, prepare_run_dir
 from everstep.cluster.stop_signals import StopSignals
-from everstep.trainer.commands import resume_command
+from everstep.trainer.commands import RESUBMIT_VARIABLE, resume_command
 from everstep.trainer.config import RunConfig
 from everstep.trainer.config_load import dump_config
 from everstep.trainer.events import EventLog
@@ -254,7 +255,9 @@ def run_controlled(
                     lambda placement: rank_specs(config, prepared, resume, placement, launch)
                 )
             events.append("end", exit_code=outcome.exit_code, saved_step=outcome.saved_step)
-            again = resume_command(run_dir, world_size, launch=launch)
+            again = resume_command(
+                run_dir, world_size, launch=launch, submitted=os.environ.get(RESUBMIT_VARIABLE)
+            )
             _tell(outcome, view, errors, prepared, events, world_size, again)
             return outcome.exit_code
     except EverstepError as error:

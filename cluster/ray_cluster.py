@@ -24,6 +24,7 @@ REACH_S = 15.0
 """Longest time that a cluster may take to answer."""
 SILENT_S = 40.0
 """A cluster whose head has not answered for so long is given up; Ray would abort after 60 s."""
+_CONNECT_S = 5.0
 _LEAVE_S = 60.0
 _LEAVE_LOST_S = 5.0
 _PROBE_EVERY_S = 2.0
@@ -118,21 +119,13 @@ def within(limit_s: float, call: Callable[[], object]) -> bool:
     What it raises is of no interest here.
     """
 
-    def run() -> None:
-        with contextlib.suppress(Exception):
-            call()
-
-    thread = threading.Thread(target=run, name="everstep-ray-call", daemon=True)
-    thread.start()
-    thread.join(limit_s)
-    return not thread.is_alive()
+    return bool(_outcome(limit_s, call))
 
 
 def answers(address: str, timeout_s: float = 1.0) -> bool:
     """Whether somebody listens at 'host:port'."""
-    host, _, port = address.rpartition(":")
     try:
-        socket.create_connection((host.strip("[]"), int(port)), timeout=timeout_s).close()
+        _connect(address, timeout_s)
     except OSError:
         return False
     return True
@@ -180,40 +173,57 @@ def _reach(address: str, waiting: Waiting) -> None:
 
     ray.init would try for minutes.
     """
-    host, _, port = address.rpartition(":")
-    host = host.strip("[]")
     try:
-        socket.create_connection((host, int(port)), timeout=5).close()
+        _connect(address, _CONNECT_S)
     except OSError as error:
         why = error.strerror or str(error)
         raise LaunchError(
             f"no Ray cluster answers at {address} ({why}): check the address (that of the head's "
             "GCS, often port 6379) and that the cluster runs"
         ) from error
-    answer: list[Any] = []
 
     def ask() -> None:
         from ray._raylet import GcsClient  # type: ignore[attr-defined]
 
-        try:
-            client = GcsClient(address=address)
-            answer.append(list(client.get_all_node_info(timeout=REACH_S).values()))
-        except Exception as error:
-            answer.append(error)
+        GcsClient(address=address).get_all_node_info(timeout=REACH_S)
 
-    thread = threading.Thread(target=ask, name="everstep-reach-ray", daemon=True)
-    thread.start()
-    deadline_s = time.monotonic() + REACH_S
-    while thread.is_alive() and time.monotonic() < deadline_s:
-        waiting(f"joining the Ray cluster at {address}")
-        thread.join(_POLL_S)
-    if not answer:
+    outcome = _outcome(REACH_S, ask, lambda: waiting(f"joining the Ray cluster at {address}"))
+    if not outcome:
         raise LaunchError(
             f"what listens at {address} does not answer as Ray within {REACH_S:g} s: check that it "
             "is the address of the head's GCS (often port 6379, not the dashboard's 8265)"
         )
-    if isinstance(answer[0], Exception):
-        raise LaunchError(_why_not_joined(address, str(answer[0]))) from answer[0]
+    if outcome[0] is not None:
+        raise LaunchError(_why_not_joined(address, str(outcome[0]))) from outcome[0]
+
+
+def _connect(address: str, timeout_s: float) -> None:
+    """Raise OSError unless somebody listens at 'host:port'."""
+    host, _, port = address.rpartition(":")
+    socket.create_connection((host.strip("[]"), int(port)), timeout=timeout_s).close()
+
+
+def _outcome(
+    limit_s: float, call: Callable[[], object], meanwhile: Callable[[], None] = lambda: None
+) -> list[Exception | None]:
+    """What a call in a thread raised, None if it returned; an empty list: neither in time."""
+    outcome: list[Exception | None] = []
+
+    def run() -> None:
+        try:
+            call()
+        except Exception as error:
+            outcome.append(error)
+        else:
+            outcome.append(None)
+
+    thread = threading.Thread(target=run, name="everstep-ray-call", daemon=True)
+    thread.start()
+    deadline_s = time.monotonic() + limit_s
+    while thread.is_alive() and (left_s := deadline_s - time.monotonic()) > 0:
+        meanwhile()
+        thread.join(min(_POLL_S, left_s))
+    return outcome
 
 
 def _take_messages(write: Callable[[Mapping[str, Any]], None]) -> None:

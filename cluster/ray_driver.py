@@ -12,7 +12,7 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -30,6 +30,7 @@ from everstep.cluster.driver import (
 from everstep.cluster.errors import LaunchError
 from everstep.cluster.helper import Helper
 from everstep.cluster.local_driver import DEFAULT_PRELOAD, DEFAULT_TARGET, START_LOG_NAME
+from everstep.cluster.ray_actors import KILL_S, actor_class, kill_actors
 from everstep.cluster.ray_cluster import RayCluster, answers, within
 from everstep.cluster.ray_metrics import RunMetrics
 from everstep.cluster.ray_plan import (
@@ -54,7 +55,6 @@ UNREACHABLE_S = 5.0
 _TAKE_S = 5.0
 _POLL_S = 0.1
 _SHORT_WAIT_S = 2.0
-_KILL_S = 2.0
 _LOOK_S = 3.0
 _LOOK_EVERY_S = 0.3
 _CLOSE_S = 5.0
@@ -147,7 +147,7 @@ class RayDriver:
         from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
         self._token = write_token(self._run_dir)
-        actor_class = _actor_class()
+        rank_class = actor_class()
         versions = installed_versions()
         one_host = len({node.address for node in self._rank_nodes}) == 1
         path = [entry or os.getcwd() for entry in sys.path]
@@ -165,7 +165,7 @@ class RayDriver:
                 threads=self._threads,
                 silence_s=self._silence_s,
             )
-            actor = actor_class.options(
+            actor = rank_class.options(
                 name=f"everstep/{self._name}/rank-{spec.rank}",
                 num_cpus=self._bundle.get("CPU", 0),
                 num_gpus=self._bundle.get("GPU", 0),
@@ -209,7 +209,7 @@ class RayDriver:
     def kill(self) -> None:
         """End all actors; their ranks' processes die with them."""
         self._ending = True
-        _kill([rank.actor for rank in self._ranks.values()])
+        kill_actors([rank.actor for rank in self._ranks.values()])
 
     def close(self) -> None:
         """End the actors, wait until their ranks are gone, give everything back, and leave."""
@@ -227,7 +227,7 @@ class RayDriver:
             from ray.util.placement_group import remove_placement_group
 
             group, self._group = self._group, None
-            within(_KILL_S, lambda: remove_placement_group(group))
+            within(KILL_S, lambda: remove_placement_group(group))
         if self._cluster is not None:
             self._cluster.leave()
             self._cluster = None
@@ -328,7 +328,7 @@ class RayDriver:
             else:
                 events.append(RankExit(rank=number, code=message["exit"], time_s=message["time"]))
                 del self._ranks[number]
-                _kill([rank.actor])
+                kill_actors([rank.actor])
                 return events
         rank.seen += len(messages)
         rank.pending = rank.actor.take.remote(rank.seen, _TAKE_S)
@@ -346,7 +346,7 @@ class RayDriver:
             rank.pending = rank.actor.take.remote(rank.seen, _TAKE_S)
             return []
         del self._ranks[number]
-        _kill([rank.actor])
+        kill_actors([rank.actor])
         return [_lost(number, lost_with_node(rank.node))]
 
     def _died(self, number: int, error: Exception) -> DriverEvent:
@@ -367,56 +367,6 @@ class RayDriver:
     def _ask(self, what: str) -> None:
         for rank in self._ranks.values():
             rank.actor.ask.remote(what)
-
-
-def _actor_class() -> Any:
-    """The actor: a shell around RankHost, sent by value: a node needs nothing to load it."""
-    import ray
-
-    class Rank:
-        def __init__(
-            self, path: list[str], setup: Mapping[str, Any], spec: Mapping[str, Any]
-        ) -> None:
-            import os
-            import sys
-
-            # What the command imports is found in the same order here, where this node has it.
-            here = [entry for entry in path if os.path.exists(entry)]
-            sys.path[:] = [*here, *(entry for entry in sys.path if entry not in here)]
-            from everstep.cluster.ray_worker import RankHost
-
-            self._host = RankHost(setup, spec)
-
-        @ray.method(concurrency_group="train")
-        def run(self) -> None:
-            self._host.run()
-
-        @ray.method(concurrency_group="control")
-        def take(self, seen: int, wait_s: float) -> list[str]:
-            return self._host.take(seen, wait_s)
-
-        @ray.method(concurrency_group="control")
-        def ask(self, what: str) -> None:
-            self._host.ask(what)
-
-    groups: dict[str, Any] = {"concurrency_groups": {"train": 1, "control": 4}}
-    return ray.remote(**groups)(Rank)
-
-
-def _kill(actors: Sequence[Any]) -> None:
-    """End actors, also those that have not begun; never waits long."""
-    import ray
-
-    def kill() -> None:
-        for actor in actors:
-            with contextlib.suppress(ray.exceptions.RayError):
-                ray.kill(actor, no_restart=True)
-
-    if within(_KILL_S, kill):
-        return
-    for actor in actors:  # without the cluster's head, actors can still be reached themselves
-        with contextlib.suppress(ray.exceptions.RayError):
-            actor.ask.remote("end")
 
 
 def _node_answers(node: Node) -> bool:

@@ -10,7 +10,7 @@ import typer
 from everstep.checkpoint.errors import EverstepError
 from everstep.cli_data import data_app
 from everstep.cli_jobs import register as register_job_commands
-from everstep.cli_options import ConfigArgument, Nproc, Overrides
+from everstep.cli_options import ConfigArgument, Nproc, Overrides, Resume
 from everstep.launch import Launcher
 from everstep.trainer.errors import ConfigError
 
@@ -99,14 +99,7 @@ def train(
         ),
     ] = None,
     nproc: Nproc = None,
-    resume: Annotated[
-        str,
-        typer.Option(
-            metavar="auto|never|STEP",
-            help="Go on from the newest checkpoint of the run directory if it has one, from "
-            "none, or from that of STEP (later ones are deleted with the first save).",
-        ),
-    ] = "auto",
+    resume: Resume = "auto",
     run_dir: Annotated[
         Path | None,
         typer.Option(

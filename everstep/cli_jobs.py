@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from everstep.cli_options import ConfigArgument, Nproc, Overrides
+from everstep.cli_options import ConfigArgument, Nproc, Overrides, Resume
 
 Address = Annotated[
     str | None,
@@ -54,13 +54,7 @@ def submit(
         ),
     ] = None,
     nproc: Nproc = None,
-    resume: Annotated[
-        str,
-        typer.Option(
-            metavar="auto|never|STEP",
-            help="Which checkpoint to go on from, as in `everstep train`.",
-        ),
-    ] = "auto",
+    resume: Resume = "auto",
     working_dir: Annotated[
         Path | None,
         typer.Option(metavar="DIR", help="The folder with your code; default: where you are."),

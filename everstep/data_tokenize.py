@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Literal, cast
 from everstep.data_view import TokenizeDisplay, describe_folder
 from everstep.data_workers import run_parts
 from everstep.trainer.config import SourceConfig
+from everstep.trainer.data.problems import unreadable
 from everstep.trainer.data.rows import open_hf, open_parquet
 from everstep.trainer.data.sources import TOKEN_INDEX, SourceFile, Sources, find_files
 from everstep.trainer.data.stamps import replacing
@@ -128,10 +129,7 @@ def _unit(sources: Sources, file: SourceFile, size_bytes: int, cut: bool) -> Uni
             pieces = min(max(rows, 1), _MOST_CUTS)
             cuts = [(i * rows // pieces, i * size_bytes // pieces) for i in range(pieces + 1)]
     except OSError as error:
-        raise DataError(
-            f"data.source: cannot read '{file.path}': {error.strerror or error}; make it readable "
-            "or leave it out"
-        ) from error
+        raise unreadable(file.path, error) from error
     return Unit(
         path=file.path,
         format=file.format,
@@ -149,10 +147,7 @@ def _size_bytes(sources: Sources, file: SourceFile) -> int:
     try:
         return sum(storage.size_bytes(path) or 0 for path in file.members or (file.path,))
     except OSError as error:
-        raise DataError(
-            f"data.source: cannot read '{file.path}': {error.strerror or error}; make it readable "
-            "or leave it out"
-        ) from error
+        raise unreadable(file.path, error) from error
 
 
 def _recipe(source: SourceConfig, shard_tokens: int) -> Recipe:

@@ -17,9 +17,14 @@ _LINE_EVERY_S = 10.0
 
 
 class TokenizeDisplay:
-    """A bar on a terminal, a line now and then elsewhere; a context manager."""
+    """A bar on a terminal, a line now and then elsewhere; a context manager.
 
-    def __init__(self, console: "Console", parts: int, total_bytes: int) -> None:
+    ``doing`` says what is done with the bytes.
+    """
+
+    def __init__(
+        self, console: "Console", parts: int, total_bytes: int, doing: str = "tokenizing"
+    ) -> None:
         from rich.progress import (
             BarColumn,
             DownloadColumn,
@@ -30,12 +35,13 @@ class TokenizeDisplay:
         )
 
         self._console = console
+        self._doing = doing
         self._parts = parts
         self._parts_done = 0
         self._began_s = self._told_s = time.monotonic()
         self._before_bytes = 0
         self._bar = Progress(
-            TextColumn("tokenizing"),
+            TextColumn(doing),
             BarColumn(),
             DownloadColumn(),
             TransferSpeedColumn(),
@@ -70,7 +76,7 @@ class TokenizeDisplay:
             self._console.print(f"going on: {parts} of {self._parts} parts are done already")
 
     def read(self, size_bytes: int) -> None:
-        """So many bytes more have been tokenized."""
+        """So many bytes more are dealt with."""
         self._bar.advance(self._task, size_bytes)
         now_s = time.monotonic()
         if not self._console.is_terminal and now_s - self._told_s > _LINE_EVERY_S:
@@ -88,7 +94,7 @@ class TokenizeDisplay:
         rate = max(1.0, (task.completed - self._before_bytes) / (now_s - self._began_s))
         left_s = max(0.0, (total_bytes - task.completed) / rate)
         percent = min(100, int(100 * task.completed / total_bytes))
-        return f"tokenizing: {percent} %, {rate / 1e6:.1f} MB/s, {left_s / 60:.0f} min left"
+        return f"{self._doing}: {percent} %, {rate / 1e6:.1f} MB/s, {left_s / 60:.0f} min left"
 
 
 def describe_folder(path: Path, index: TokenFolder) -> Iterator[str]:
@@ -115,7 +121,8 @@ def inspect(path: Path, *, verify: bool, console: "Console") -> dict[str, Any]:
     """
     index = read_folder(path)
     if verify:
-        with TokenizeDisplay(console, len(index.shards), _bytes(index)) as display:
+        count = len(index.shards)
+        with TokenizeDisplay(console, count, _bytes(index), doing="verifying") as display:
             verify_shards(path, index, display.read)
     return {
         **index.model_dump(mode="json"),

@@ -144,7 +144,8 @@ def report(findings: Sequence[Finding], console: Console, next_step: str) -> int
     count = Counter(finding.status for finding in findings)
     failed, warned = count[Status.FAIL], count[Status.WARN]
     verdict = "mend what failed first, then" if failed else "ready:"
-    console.print(f"\n{failed} failed, {warned} warned; {verdict} {next_step}", markup=False)
+    told = f"\n{failed} failed, {warned} warned; {verdict} {next_step}"
+    console.print(told, markup=False, soft_wrap=True)  # a command that was broken cannot be pasted
     return 1 if failed else 0
 
 

@@ -1,5 +1,6 @@
 """The part of ``everstep doctor CONFIG`` that asks whether this machine can run that config."""
 
+import shlex
 from collections.abc import Sequence
 
 from everstep.doctor import (
@@ -37,7 +38,7 @@ def examine_run(ref: str, overrides: Sequence[str]) -> int:
     config = load_config(ref, overrides)
     facts = gather(RUN_ROOT)
     findings = [*diagnose(facts), *diagnose_run(config, facts)]
-    return report(findings, report_console(), " ".join(["everstep train", ref, *overrides]))
+    return report(findings, report_console(), shlex.join(["everstep", "train", ref, *overrides]))
 
 
 def diagnose_run(config: RunConfig, facts: Facts) -> list[Finding]:

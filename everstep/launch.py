@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -21,6 +22,42 @@ class Launcher(StrEnum):
     LOCAL = "local"
     RAY = "ray"
     EXTERNAL = "external"
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Run:
+    """A run to be started, whoever starts its ranks."""
+
+    config: "RunConfig"
+    run_dir: Path
+    resume: str
+    nproc: int | None
+    """As asked for; None: as many as the mesh and the GPUs say."""
+    environment: Mapping[str, str]
+    console: "Console"
+    again: Sequence[str]
+    """Options that suggested commands repeat."""
+
+    def plan_ranks(self, gpus: int, where: str) -> tuple[int, str]:
+        """Number of ranks and their device, where there are ``gpus``. Raises ConfigError."""
+        from everstep.trainer.mesh_shape import (
+            check_config,
+            local_device,
+            resolve_mesh,
+            world_size_of,
+        )
+
+        asked = self.config.parallel.device
+        world_size = world_size_of(self.config.mesh, self.nproc, gpus)
+        check_config(self.config, resolve_mesh(self.config.mesh, world_size))
+        device = local_device(asked, gpus, world_size, where)
+        if gpus and asked == "auto" and device == "cpu":
+            self.console.print(
+                f"training on the CPU: each of the {world_size} ranks needs a GPU of its own, and "
+                f"{where} has {gpus}",
+                soft_wrap=True,
+            )
+        return world_size, device
 
 
 def train(
@@ -48,19 +85,24 @@ def train(
         overrides = [*overrides, f"launch.address={address}"]
     config = load_config(ref, overrides)
     require_torch()
-    directory = run_dir or Path("runs") / config.name
     chosen = choose_launcher(launcher, environment, lambda: _wants_ray(config, nproc, environment))
     if address is not None and chosen is not Launcher.RAY:
         raise ConfigError(
             f"--address={address} names a Ray cluster, and --launcher {chosen} uses none: leave "
             "one of them out"
         )
-    again = [] if launcher is Launcher.AUTO else ["--launcher", launcher.value]
+    run = _Run(
+        config=config,
+        run_dir=run_dir or Path("runs") / config.name,
+        resume=resume,
+        nproc=nproc,
+        environment=environment,
+        console=console,
+        again=[] if launcher is Launcher.AUTO else ["--launcher", launcher.value],
+    )
     if chosen is Launcher.EXTERNAL:
-        return _train_external(config, directory, resume, nproc, environment, console)
-    if chosen is Launcher.RAY:
-        return _train_ray(config, directory, resume, nproc, environment, console, again)
-    return _train_local(config, directory, resume, nproc, environment, console, again)
+        return _train_external(run)
+    return _train_ray(run) if chosen is Launcher.RAY else _train_local(run)
 
 
 def choose_launcher(
@@ -113,96 +155,63 @@ def check_resume(resume: str) -> None:
         )
 
 
-def _train_local(
-    config: "RunConfig",
-    run_dir: Path,
-    resume: str,
-    nproc: int | None,
-    environment: Mapping[str, str],
-    console: "Console",
-    again: Sequence[str],
-) -> int:
+def _train_local(run: _Run) -> int:
     from everstep.machine import count_gpus
 
-    world_size, _ = _plan_ranks(config, nproc, count_gpus(environment), "this host", console)
+    world_size, _ = run.plan_ranks(count_gpus(run.environment), "this host")
 
     from everstep.cluster.controller import run_local
 
-    return run_local(config, run_dir, resume, world_size, console, launch=again)
+    return run_local(run.config, run.run_dir, run.resume, world_size, run.console, launch=run.again)
 
 
-def _train_ray(
-    config: "RunConfig",
-    run_dir: Path,
-    resume: str,
-    nproc: int | None,
-    environment: Mapping[str, str],
-    console: "Console",
-    again: Sequence[str],
-) -> int:
+def _train_ray(run: _Run) -> int:
     from everstep.cluster.ray_address import ray_address, require_ray
     from everstep.machine import visible_gpus
 
     require_ray()
-    address = ray_address(config.launch, environment)
+    address = ray_address(run.config.launch, run.environment)
     if address is None:
-        gpus = visible_gpus(environment)
-        world_size, device = _plan_ranks(config, nproc, len(gpus), "this host", console)
+        gpus = visible_gpus(run.environment)
+        world_size, device = run.plan_ranks(len(gpus), "this host")
         used = gpus[:world_size] if device == "cuda" else []
 
         from everstep.cluster.ray_run import run_on_own_ray
 
-        return run_on_own_ray(config, run_dir, resume, world_size, console, gpus=used, launch=again)
+        return run_on_own_ray(
+            run.config,
+            run.run_dir,
+            run.resume,
+            world_size,
+            run.console,
+            gpus=used,
+            launch=run.again,
+        )
     from everstep.cluster.ray_run import run_in_cluster
 
     return run_in_cluster(
-        config,
-        run_dir,
-        resume,
+        run.config,
+        run.run_dir,
+        run.resume,
         address,
-        console,
-        plan=lambda gpus: _plan_ranks(config, nproc, gpus, "the Ray cluster", console),
-        launch=again,
+        run.console,
+        plan=lambda gpus: run.plan_ranks(gpus, "the Ray cluster"),
+        launch=run.again,
     )
 
 
-def _plan_ranks(
-    config: "RunConfig", nproc: int | None, gpus: int, where: str, console: "Console"
-) -> tuple[int, str]:
-    """Number of ranks and their device, where there are ``gpus``. Raises ConfigError."""
-    from everstep.trainer.mesh_shape import check_config, local_device, resolve_mesh, world_size_of
-
-    world_size = world_size_of(config.mesh, nproc, gpus)
-    check_config(config, resolve_mesh(config.mesh, world_size))
-    device = local_device(config.parallel.device, gpus, world_size, where)
-    if gpus and config.parallel.device == "auto" and device == "cpu":
-        console.print(
-            f"training on the CPU: each of the {world_size} ranks needs a GPU of its own, and "
-            f"{where} has {gpus}",
-            soft_wrap=True,
-        )
-    return world_size, device
-
-
-def _train_external(
-    config: "RunConfig",
-    run_dir: Path,
-    resume: str,
-    nproc: int | None,
-    environment: Mapping[str, str],
-    console: "Console",
-) -> int:
+def _train_external(run: _Run) -> int:
     from everstep.trainer.mesh_shape import check_config, resolve_mesh
 
-    if nproc is not None:
+    if run.nproc is not None:
         raise ConfigError(
-            f"--nproc={nproc} is for the local launcher, and here torchrun or srun has started the "
-            "ranks: leave it out, or add --launcher local"
+            f"--nproc={run.nproc} is for the local launcher, and here torchrun or srun has started "
+            "the ranks: leave it out, or add --launcher local"
         )
-    world_size = external_world_size(environment)
+    world_size = external_world_size(run.environment)
     if world_size is not None:
-        check_config(config, resolve_mesh(config.mesh, world_size))
+        check_config(run.config, resolve_mesh(run.config.mesh, world_size))
 
     from everstep.cluster.external import run_external
 
-    return run_external(config, run_dir, resume, console)
+    return run_external(run.config, run.run_dir, run.resume, run.console)

@@ -1,6 +1,5 @@
 """Commands that are suggested to the user, ready to be pasted into a shell."""
 
-import os
 import shlex
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,15 +9,18 @@ RESUBMIT_VARIABLE = "EVERSTEP_RESUBMIT"
 
 
 def resume_command(
-    run_dir: Path, nproc: int | None, *overrides: str, launch: Sequence[str] = ()
+    run_dir: Path,
+    nproc: int | None,
+    *overrides: str,
+    launch: Sequence[str] = (),
+    submitted: str | None = None,
 ) -> str:
     """Goes on with a run as it was last configured, whatever the command line was then.
 
     ``nproc`` is its number of ranks; None where another launcher decides that. ``launch`` are
-    options such as ``--launcher`` that were given, and are to be given again. A run that was
-    submitted to a cluster is submitted again.
+    options such as ``--launcher`` that were given, and are to be given again. ``submitted`` is the
+    value of RESUBMIT_VARIABLE: a run that was submitted to a cluster is submitted again.
     """
-    submitted = os.environ.get(RESUBMIT_VARIABLE)
     if submitted:
         changed = {override.partition("=")[0] for override in overrides}
         words = [word for word in shlex.split(submitted) if word.partition("=")[0] not in changed]

@@ -286,13 +286,27 @@ class LaunchConfig(Section):
     cpus_per_rank: float = Field(default=1.0, ge=0)
     """Logical CPUs that Ray reserves for each rank."""
     resources_per_rank: dict[str, float] = Field(default_factory=dict)
-    """Custom resources that Ray reserves for each rank."""
+    """Custom resources that Ray reserves for each rank; CPUs and GPUs are none of them."""
     failure_domain_label: str | None = None
     """Label of Ray's nodes that says what fails together (rack, switch); none = each on its own."""
     place_timeout_s: float = Field(default=300.0, gt=0)
     """Seconds to wait for resources of a Ray cluster that others use now."""
     wait_for_nodes: bool = False
     """Wait for resources that a Ray cluster does not have yet, too: its autoscaler adds nodes."""
+
+    @model_validator(mode="after")
+    def _resources_can_be_reserved(self) -> "LaunchConfig":
+        for name, amount in self.resources_per_rank.items():
+            if amount < 0:
+                raise ValueError(
+                    f"launch.resources_per_rank.{name}: got {amount:g}, expected a number >= 0"
+                )
+            if name in ("CPU", "GPU"):
+                raise ValueError(
+                    f"launch.resources_per_rank names {name}, which is reserved without it: set "
+                    "launch.cpus_per_rank for CPUs; a rank on GPUs has one"
+                )
+        return self
 
 
 class RunConfig(Section):

@@ -70,11 +70,11 @@ def parse_document(text: str, source: str) -> Document:
                 raise ConfigError(
                     f"{source}: expected sections such as 'train:', found {_kind(node)}"
                 )
-            lines = dict(_key_lines(node, "", source, frozenset()))
+            lines = dict(_keys_below(node, "", source, frozenset()))
             return Document(loader.construct_document(node), lines)
         finally:
             loader.dispose()
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError) as error:  # ValueError: '!!int x', numbers without end
         raise ConfigError(_syntax_error(error, source)) from None
 
 
@@ -110,12 +110,26 @@ def dump_yaml(values: dict[str, Any]) -> str:
     return text
 
 
-def _key_lines(
+def _keys_below(
+    node: yaml.Node, prefix: str, source: str, above: frozenset[int]
+) -> Iterator[tuple[str, int]]:
+    """(dotted key, line) of every key in a node, entries of lists being ``key[number]``.
+
+    Raises ConfigError for a key that is given twice, and for what contains itself.
+    """
+    if id(node) in above:  # an alias to something around it
+        raise ConfigError(f"{source}, line {_line(node)}: a section contains itself")
+    if isinstance(node, yaml.MappingNode):
+        yield from _keys_of(node, prefix, source, above | {id(node)})
+    elif isinstance(node, yaml.SequenceNode):
+        for number, entry in enumerate(node.value):
+            here = f"{prefix.removesuffix('.')}[{number}]."
+            yield from _keys_below(entry, here, source, above | {id(node)})
+
+
+def _keys_of(
     mapping: yaml.MappingNode, prefix: str, source: str, above: frozenset[int]
 ) -> Iterator[tuple[str, int]]:
-    """(dotted key, line) of every key; raises ConfigError for a key that is given twice."""
-    if id(mapping) in above:  # an alias to a mapping around it
-        raise ConfigError(f"{source}, line {_line(mapping)}: a section contains itself")
     seen: dict[str, int] = {}
     for key_node, value_node in mapping.value:
         key = f"{prefix}{key_node.value}"
@@ -126,8 +140,7 @@ def _key_lines(
             )
         seen[key] = _line(key_node)
         yield key, seen[key]
-        if isinstance(value_node, yaml.MappingNode):
-            yield from _key_lines(value_node, f"{key}.", source, above | {id(mapping)})
+        yield from _keys_below(value_node, f"{key}.", source, above)
 
 
 def _line(node: yaml.Node) -> int:
@@ -140,7 +153,7 @@ def _kind(node: yaml.Node | None) -> str:
     return "a list" if isinstance(node, yaml.SequenceNode) else f"only {node.value!r}"
 
 
-def _syntax_error(error: yaml.YAMLError, source: str) -> str:
+def _syntax_error(error: yaml.YAMLError | ValueError, source: str) -> str:
     if isinstance(error, yaml.MarkedYAMLError) and error.problem_mark is not None:
         problem = error.problem or error.context
         return f"{source}, line {error.problem_mark.line + 1}: not valid YAML: {problem}"

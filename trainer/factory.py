@@ -16,7 +16,7 @@ def load_factory(reference: str, key: str) -> Callable[..., Any]:
     when the reference is malformed, its module cannot be imported, or the name is not callable.
     """
     module_name, colon, name = reference.partition(":")
-    if not (module_name and colon and name):
+    if not (module_name and colon and name) or module_name.startswith("."):
         raise ConfigError(f"{key}={reference!r} is not of the form 'pkg.module:function'")
     if os.getcwd() not in sys.path:
         sys.path.append(os.getcwd())

@@ -334,6 +334,8 @@ def _user_model(
     try:
         model = make(**{"vocab_size": vocab_size, "seq_len": seq_len} | arguments)
     except TypeError as error:
+        if error.__traceback__ is not None and error.__traceback__.tb_next is not None:
+            raise  # not the call itself: a defect inside of it, whose traceback is needed
         raise ConfigError(
             f"model.factory={factory!r} does not accept its arguments ({error}): it is called with "
             f"vocab_size, seq_len and the keys of model.factory_args {sorted(arguments)}"

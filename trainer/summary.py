@@ -25,14 +25,15 @@ def summarise(
     nproc: int | None,
     sample: str | None,
     launch: Sequence[str] = (),
+    submitted: str | None = None,
 ) -> list[str]:
     """The closing lines of a run that has done all its steps.
 
     ``nproc`` is what to suggest for ``--nproc``; None where another launcher decides. ``launch``
-    are options that start the run in the same way.
+    are options that start the run in the same way, and ``submitted`` is as in ``resume_command``.
     """
     config, corpus = run.config, run.corpus
-    tokens = config.train.steps * config.data.global_batch * config.data.seq_len
+    tokens = run.stream.position * config.data.seq_len  # global_batch may have changed meanwhile
     epochs = run.stream.position / run.stream.samples_per_epoch
     lines = [
         f"Trained {run.engine.parameters / 1e6:.2f} M parameters on {run.shape}",
@@ -57,7 +58,13 @@ def summarise(
     )
     if sample is not None:
         lines += ["", "What it writes now:", *_indent(sample)]
-    more = resume_command(run_dir, nproc, f"train.steps={2 * config.train.steps}", launch=launch)
+    more = resume_command(
+        run_dir,
+        nproc,
+        f"train.steps={2 * config.train.steps}",
+        launch=launch,
+        submitted=submitted,
+    )
     lines += [
         "",
         f"Everything is in {run_dir}/",

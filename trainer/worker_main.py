@@ -1,5 +1,6 @@
 """One rank of a run, from its spec to its exit code; the same under every launcher."""
 
+import os
 import time
 import warnings
 from datetime import timedelta
@@ -14,6 +15,7 @@ from everstep.checkpoint.collective import Collective, on_rank0
 from everstep.checkpoint.errors import CheckpointError
 from everstep.checkpoint.torch_collective import ProcessGroupCollective
 from everstep.checkpoint.torch_rng import derive_rng
+from everstep.trainer.commands import RESUBMIT_VARIABLE
 from everstep.trainer.config import RunConfig
 from everstep.trainer.config_load import parse_config
 from everstep.trainer.data import Corpus, TrainStream, check_held_out_fits, open_corpus
@@ -141,7 +143,8 @@ def _run(
             )
         sample = _sample(run)
         nproc = spec.world_size if spec.store else None
-        say("summary", lines=summarise(run, run_dir, nproc, sample, spec.launch))
+        submitted = os.environ.get(RESUBMIT_VARIABLE)
+        say("summary", lines=summarise(run, run_dir, nproc, sample, spec.launch, submitted))
         say("done", step=run.done_steps)
         return EXIT_DONE
 

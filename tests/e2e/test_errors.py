@@ -213,12 +213,19 @@ def test_other_text_or_model_cannot_be_resumed(small_run: Path) -> None:
     fails(small_run, *more, code=1, says=["text", "began with"])
 
 
-NAN_MODEL = """
-import torch
+NARROW_MODEL = """
 from torch import nn
 
 
-class Nan(nn.Module):
+def make(vocab_size, seq_len):
+    return nn.Sequential(nn.Embedding(vocab_size, 16), nn.Linear(16, 7))
+"""
+FAILING_MODEL = """
+import torch.distributed as dist
+from torch import nn
+
+
+class Failing(nn.Module):
     def __init__(self, vocab_size):
         super().__init__()
         self.embed = nn.Embedding(vocab_size, 16)
@@ -229,39 +236,16 @@ class Nan(nn.Module):
         self.calls += 1
         x = self.embed(tokens)
         if self.calls == 3:
-            x.register_hook(lambda gradient: gradient * float("nan"))
+            {third_call}
         return self.head(x)
 
 
 def make(vocab_size, seq_len):
-    return Nan(vocab_size)
+    return Failing(vocab_size)
 """
-NARROW_MODEL = """
-from torch import nn
-
-
-def make(vocab_size, seq_len):
-    return nn.Sequential(nn.Embedding(vocab_size, 16), nn.Linear(16, 7))
-"""
-BROKEN_MODEL = """
-import torch.distributed as dist
-from torch import nn
-
-
-class Broken(nn.Module):
-    def __init__(self, vocab_size):
-        super().__init__()
-        self.embed = nn.Embedding(vocab_size, 16)
-        self.head = nn.Linear(16, vocab_size)
-        self.calls = 0
-
-    def forward(self, tokens):
-        self.calls += 1
-        if self.calls == 3 and dist.get_rank() == 2:
-            raise RuntimeError("the seventh seal")
-        return self.head(self.embed(tokens))
-
-
-def make(vocab_size, seq_len):
-    return Broken(vocab_size)
-"""
+NAN_MODEL = FAILING_MODEL.format(
+    third_call='x.register_hook(lambda gradient: gradient * float("nan"))'
+)
+BROKEN_MODEL = FAILING_MODEL.format(
+    third_call='if dist.get_rank() == 2: raise RuntimeError("the seventh seal")'
+)

@@ -12,6 +12,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import pytest
+
+from everstep.cli import main
+
 DEADLINE_S = 100.0
 _MARK = "EVERSTEP_TEST_MARK"
 
@@ -121,6 +125,13 @@ def run(
         code = started.wait(timeout_s)
         started.assert_nothing_left()
         return code, started.output
+
+
+def exit_code(*arguments: object) -> int:
+    """That of ``everstep ARGUMENTS``, run in this process."""
+    with pytest.raises(SystemExit) as ended:
+        main([str(argument) for argument in arguments])
+    return int(ended.value.code or 0)
 
 
 def wait_until(condition: Callable[[], bool], timeout_s: float = DEADLINE_S) -> bool:

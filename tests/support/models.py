@@ -37,4 +37,9 @@ def on_meta(vocab_size: int, seq_len: int) -> nn.Module:
         return Bigram(vocab_size, 4)
 
 
+def defective(vocab_size: int, seq_len: int) -> nn.Module:
+    """Calls something wrongly itself."""
+    return nn.Linear(vocab_size)  # type: ignore[call-arg]
+
+
 NOT_CALLABLE = 3

@@ -49,6 +49,14 @@ def test_the_gpu_benchmark_takes_few_micro_batches_and_leaves_warm_up_out() -> N
     assert "mfu" not in found
 
 
+def test_a_variant_of_the_gpu_benchmark_that_takes_too_long_has_failed(tmp_path: Path) -> None:
+    gpu_train = load("gpu_train")
+    arguments = Namespace(config="debug_single", overrides=[], timeout_s=0.01)
+    result = gpu_train.run_variant(arguments, [], tmp_path)
+    assert result["error"] == ["not done after 0.01 s (--timeout-s)"]
+    assert "failed (exit code None): not done after" in gpu_train.words("plain", result)
+
+
 def test_ratios_of_the_data_benchmark_are_of_neighbouring_turns() -> None:
     quartiles = load("data_limits").ratio_quartiles([1.0, 20.0, 3.0], [2.0, 10.0, 3.0])
     assert quartiles == [0.5, 1.0, 2.0]

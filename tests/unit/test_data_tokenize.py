@@ -16,7 +16,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 from rich.console import Console
 
-from everstep.cli import main
 from everstep.data_tokenize import tokenize
 from everstep.trainer.config import SourceConfig
 from everstep.trainer.data.sources import FileFormat
@@ -26,6 +25,7 @@ from everstep.trainer.data.tokenize_plan import Unit, plan_parts
 from everstep.trainer.errors import DataError
 from everstep.words import parse_count
 from tests.support import cli
+from tests.support.cli import exit_code as run
 from tests.support.corpora import WORDS, write_texts, write_tokenizer
 
 SHARD_TOKENS = 20_000
@@ -322,12 +322,6 @@ def test_parts_cover_everything_once(
     assert [span.path for span in spans] == sorted((s.path for s in spans), key=int)
 
 
-def run(*arguments: object) -> int:
-    with pytest.raises(SystemExit) as caught:
-        main([str(argument) for argument in arguments])
-    return int(caught.value.code or 0)
-
-
 def test_inspect(
     made: Path, expected: dict[str, bytes], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -351,6 +345,16 @@ def test_inspect(
     assert f"error: the shard '{shard}' is damaged" in capsys.readouterr().err
     assert run("data", "inspect", tmp_path) == 1
     assert "holds no finished tokens" in capsys.readouterr().err
+
+
+def test_verifying_is_told_where_there_is_no_terminal(
+    made: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("everstep.data_view._LINE_EVERY_S", -1.0)
+    assert run("data", "inspect", made, "--verify") == 0
+    told = capsys.readouterr().err
+    assert "verifying: 100 %" in told
+    assert "tokenizing" not in told
 
 
 @pytest.mark.parametrize(

@@ -9,9 +9,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from everstep.cli import main
 from everstep.trainer.config_load import parse_config
 from everstep.trainer.data import TrainStream, open_corpus
+from tests.support.cli import exit_code
 from tests.support.corpora import write_texts
 
 TEXT = (Path(__file__).parents[2] / "docs" / "data.md").read_text(encoding="utf-8")
@@ -48,9 +48,7 @@ def test_the_page(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for command in "".join(snippets("sh")).splitlines():
         words = shlex.split(command)
         assert words.pop(0) == "everstep"
-        with pytest.raises(SystemExit) as end:
-            main(words)
-        assert not end.value.code, (command, capsys.readouterr())
+        assert exit_code(*words) == 0, (command, capsys.readouterr())
     ran = 0
     for text in snippets("yaml"):
         config = parse_config(f"train: {{steps: 1}}\n{text}", "docs/data.md")

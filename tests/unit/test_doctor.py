@@ -8,11 +8,11 @@ import pytest
 from rich.console import Console
 
 from everstep import machine
-from everstep.cli import main
 from everstep.doctor import Facts, Finding, Status, diagnose, gather, report
 from everstep.doctor_run import diagnose_run
 from everstep.machine import UNLIMITED, Cpu, Disk, Gpu, Limits, Memory
 from everstep.trainer.config_load import load_config
+from tests.support.cli import exit_code
 
 GIB = 2**30
 HEALTHY = Facts(
@@ -217,6 +217,13 @@ def test_a_model_of_ones_own_is_not_estimated() -> None:
     assert names == {"config", "tokenizer"}
 
 
+def test_the_command_that_is_suggested_can_be_pasted(capsys: pytest.CaptureFixture[str]) -> None:
+    name = "name=" + "x" * 90
+    exit_code("doctor", "debug_single", "data.source=[my text, b]", name)
+    last = capsys.readouterr().out.splitlines()[-1]
+    assert last.endswith(f"everstep train debug_single 'data.source=[my text, b]' {name}")
+
+
 @pytest.mark.parametrize(("status", "code"), [(Status.OK, 0), (Status.WARN, 0), (Status.FAIL, 1)])
 def test_the_report(status: Status, code: int) -> None:
     text = io.StringIO()
@@ -239,9 +246,9 @@ def test_this_machine_is_examined_quickly(
     assert facts.disk.path == str(tmp_path)
     assert facts.torch is not None
     expected = diagnose(facts) + diagnose_run(load_config("debug_single"), facts)
-    with pytest.raises(SystemExit) as ended:
-        main(["doctor", "debug_single"])
-    assert ended.value.code == int(any(f.status is Status.FAIL for f in expected))
+    assert exit_code("doctor", "debug_single") == int(
+        any(f.status is Status.FAIL for f in expected)
+    )
     text = capsys.readouterr().out
     assert all(finding.name in text for finding in expected)
     assert max(map(len, text.splitlines())) <= 100

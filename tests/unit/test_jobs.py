@@ -10,11 +10,11 @@ from typing import Any
 import pytest
 
 from everstep.checkpoint.errors import EverstepError
-from everstep.cli import main
 from everstep.cluster import ray_submit
 from everstep.cluster.job_errors import ClusterUnreachableError
 from everstep.cluster.job_record import JobRecord
 from everstep.trainer.config_load import parse_config
+from tests.support.cli import exit_code
 from tests.support.fake_jobs import ADDRESS, FakeJobServer
 
 CONFIG = "name: small\ntrain: {steps: 5, grace_s: 7}\ndata: {source: [text/*.txt]}\n"
@@ -54,9 +54,7 @@ def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def run(*arguments: str) -> int:
-    with pytest.raises(SystemExit) as caught:
-        main([*arguments, "--address", ADDRESS])
-    return int(caught.value.code or 0)
+    return exit_code(*arguments, "--address", ADDRESS)
 
 
 def submit(*arguments: str) -> int:

@@ -1,35 +1,35 @@
-"""Documents of a corpus: which files hold them, in which order, and their text in pieces.
+"""Documents of a corpus: which files hold them, what tells them apart, and their order.
 
 A text file is one document; rows of other files are one each, in the order of the file. The order
 of the files is that of a keyed hash of their contents: arbitrary, yet the same wherever the same
 files lie under whatever names, on every file system and machine.
 """
 
-import codecs
 import hashlib
 import io
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
-from typing import IO, Any
+from typing import Any
 
+from everstep.trainer.data.pieces import (
+    CONTENTS_KEY,
+    PIECE_BYTES,
+    Count,
+    HashedFile,
+    NotTextError,
+    Piece,
+    Tally,
+    count_fractions,
+    counted,
+    hash_file,
+    pieces_of_file,
+    pieces_of_rows,
+)
+from everstep.trainer.data.problems import not_text, unreadable
 from everstep.trainer.data.rows import Row, hf_rows, jsonl_rows, parquet_rows
 from everstep.trainer.data.sources import FileFormat, SourceFile, Sources
 from everstep.trainer.data.storage import StampFacts, Storage, is_url
 from everstep.trainer.errors import DataError
-
-PIECE_BYTES = 2**20
-"""Documents are read, and cut for the tokenizer, in pieces of about this many bytes."""
-
-_ORDER_KEY = b"everstep document order 1\0"
-_SKIPPED_SHOWN = 3
-
-
-@dataclass(frozen=True)
-class Piece:
-    """A run of whole UTF-8 characters of one document, never empty."""
-
-    text: bytes
-    ends_document: bool
 
 
 @dataclass(frozen=True)
@@ -63,17 +63,6 @@ class Texts:
         return sum(document.size_bytes for document in self.documents)
 
 
-@dataclass
-class Tally:
-    """Counts of what ``read_pieces`` has handed out."""
-
-    documents: int = 0
-    text_bytes: int = 0
-    bad_rows: int = 0
-    bad_examples: list[str] = field(default_factory=list)
-    """What is wrong with the first bad rows, and where they are."""
-
-
 @dataclass(frozen=True)
 class Known:
     """What reading a file told about it."""
@@ -98,10 +87,6 @@ class DocumentChangedError(Exception):
     def __init__(self, path: str) -> None:
         super().__init__(path)
         self.path = path
-
-
-class _NotTextError(Exception):
-    """The file is no UTF-8 text; says where."""
 
 
 def identify(
@@ -165,53 +150,13 @@ def read_pieces(
         try:
             if document.format == "text":
                 storage = sources.storages.of(document.path)
-                yield from _count(_pieces_of_text(storage, document, advance), tally)
+                yield from counted(_pieces_of_text(storage, document, advance), tally)
             else:
                 rows = _rows_of(sources, document, advance)
                 skip = sources.entry.on_bad_rows == "skip"
                 yield from pieces_of_rows(rows, document.path, skip, tally)
         except OSError as error:
             raise DocumentChangedError(document.path) from error
-
-
-def pieces_of_rows(rows: Iterable[Row], path: str, skip_bad: bool, tally: Tally) -> Iterator[Piece]:
-    """Each row a document; empty ones are none, bad ones are an error or skipped and counted."""
-    for row in rows:
-        if row.problem:
-            told = f"'{path}', {row.place}: the row {row.problem}"
-            if not skip_bad:
-                raise DataError(
-                    f"data.source: {told}; correct it, set text_key to the field that holds the "
-                    "text, or set on_bad_rows: skip"
-                )
-            tally.bad_rows += 1
-            if len(tally.bad_examples) < _SKIPPED_SHOWN:
-                tally.bad_examples.append(told)
-        elif row.text:
-            yield from _count(_cut(row.text), tally)
-
-
-def pieces_of_file(file: IO[bytes]) -> Iterator[Piece]:
-    """The text of an open file that is known to be text, as one document. Raises OSError."""
-    held = b""
-    while chunk := file.read(PIECE_BYTES):
-        text = held + chunk
-        if len(text) > PIECE_BYTES:
-            cut = _last_cut(text)
-            yield Piece(text[:cut], ends_document=False)
-            text = text[cut:]
-        held = text
-    if held:
-        yield Piece(held, ends_document=True)
-
-
-def why_not_text(storage: Storage, path: str) -> str:
-    """What makes a file no UTF-8 text, empty if it is; reads all of it. Raises OSError."""
-    try:
-        _hash_file(path, storage, must_be_text=True)
-    except _NotTextError as error:
-        return str(error)
-    return ""
 
 
 def encode_index(index: Index) -> Any:
@@ -237,7 +182,7 @@ def _document(file: SourceFile, entries: list[Known | None]) -> Document | None:
     if file.members:
         names = [path.removeprefix(file.path) for path in file.members]
         facts = [f"{name} {entry.digest}" for name, entry in zip(names, found, strict=True)]
-        digest = hashlib.sha256(_ORDER_KEY + "\n".join(facts).encode()).hexdigest()
+        digest = hashlib.sha256(CONTENTS_KEY + "\n".join(facts).encode()).hexdigest()
     stamps = tuple(entry.stamp for entry in found)
     return Document(file.path, size_bytes, digest, file.format, stamps, file)
 
@@ -259,60 +204,27 @@ def _identify_file(
         if known is not None and known.stamp == stamp and (known.digest or not file.named):
             advance(known.size_bytes, False)
             return known, True
-        digest, size_bytes = _hash_file(path, storage, must_be_text=file.format == "text")
+        digest, size_bytes = hash_file(path, storage, must_be_text=file.format == "text")
         after, _ = storage.stamp(path)
-    except _NotTextError as error:
+    except NotTextError as error:
         size_bytes = storage.size_bytes(path) or 0
         advance(size_bytes, True)
         if file.named:
-            raise DataError(
-                f"data.source: '{path}' is not UTF-8 text ({error}); convert it (for example "
-                "with iconv) or leave it out"
-            ) from error
+            raise not_text(path, str(error)) from error
         return Known(stamp, None, size_bytes), trusted
     except OSError as error:
         if file.named:
-            raise DataError(
-                f"data.source: cannot read '{path}': {error.strerror}; make it readable or "
-                "leave it out"
-            ) from error
+            raise unreadable(path, error) from error
         return None, False
     advance(size_bytes, True)
     unchanged = stamp == after and stamp[0] in (None, size_bytes)
     return Known(stamp, digest, size_bytes), trusted and unchanged
 
 
-def _hash_file(path: str, storage: Storage, must_be_text: bool) -> tuple[str, int]:
-    """Hex keyed hash and size in bytes; raises OSError or _NotTextError."""
-    hasher = hashlib.sha256(_ORDER_KEY)
-    decoder = codecs.getincrementaldecoder("utf-8")()
-    size_bytes = 0
-    with storage.open(path) as file:
-        while True:
-            chunk = file.read(PIECE_BYTES)
-            if must_be_text:
-                _check_text(decoder, chunk, size_bytes)
-            if not chunk:
-                return hasher.hexdigest(), size_bytes
-            hasher.update(chunk)
-            size_bytes += len(chunk)
-
-
-def _check_text(decoder: codecs.IncrementalDecoder, chunk: bytes, before_bytes: int) -> None:
-    undecoded = len(decoder.getstate()[0])
-    try:
-        decoder.decode(chunk, final=not chunk)
-    except UnicodeDecodeError as error:
-        position = before_bytes - undecoded + error.start
-        raise _NotTextError(f"invalid at byte {position}") from error
-    if b"\0" in chunk:
-        raise _NotTextError(f"a zero byte at byte {before_bytes + chunk.index(0)}")
-
-
 def _pieces_of_text(storage: Storage, document: Document, advance: Advance) -> Iterator[Piece]:
     last: Piece | None = None  # handed out only when the whole file was what it was
     with storage.open(document.path) as file:
-        hashing = _HashingFile(file, document.size_bytes, advance)
+        hashing = HashedFile(file, document.size_bytes, _reading(advance))
         for piece in pieces_of_file(io.BufferedReader(hashing, PIECE_BYTES)):
             if last is not None:
                 yield last
@@ -328,19 +240,13 @@ def _rows_of(sources: Sources, document: Document, advance: Advance) -> Iterator
     text_key = sources.entry.text_key
     if document.format == "jsonl":
         with storage.open(document.path) as file:
-            hashing = _HashingFile(file, document.size_bytes, advance)
+            hashing = HashedFile(file, document.size_bytes, _reading(advance))
             yield from jsonl_rows(io.BufferedReader(hashing, PIECE_BYTES), document.path, text_key)
             hashing.read_rest()
         if hashing.digest != document.digest:
             raise DocumentChangedError(document.path)
         return
-    told = 0
-
-    def done(fraction: float) -> None:
-        nonlocal told
-        before, told = told, int(fraction * document.size_bytes)
-        advance(told - before, True)
-
+    done = count_fractions(document.size_bytes, _reading(advance))
     if document.format == "parquet":
         with storage.open(document.path, seek=True) as file:
             yield from parquet_rows(file, document.path, text_key, done)
@@ -372,68 +278,9 @@ def _check_unchanged(sources: Sources, document: Document) -> None:
         raise DocumentChangedError(document.path)
 
 
+def _reading(advance: Advance) -> Count:
+    return lambda size_bytes: advance(size_bytes, True)
+
+
 def _unnoticed(size_bytes: int, was_read: bool) -> None:
     """Counted already."""
-
-
-class _HashingFile(io.RawIOBase):
-    """Reads another file, no further than a little after its size, and hashes what it reads."""
-
-    def __init__(self, file: IO[bytes], size_bytes: int, advance: Advance) -> None:
-        self._file = file
-        self._left_bytes = size_bytes + 1  # it may grow, perhaps without end
-        self._advance = advance
-        self._hasher = hashlib.sha256(_ORDER_KEY)
-
-    @property
-    def digest(self) -> str:
-        """Hex digest of what was read."""
-        return self._hasher.hexdigest()
-
-    def read_rest(self) -> None:
-        """Reads what a decompressor did not need; works on a closed object, too."""
-        while self._next(PIECE_BYTES):
-            pass
-
-    def readable(self) -> bool:
-        return True
-
-    def readinto(self, buffer: Any) -> int:
-        data = self._next(len(buffer))
-        buffer[: len(data)] = data
-        return len(data)
-
-    def _next(self, most_bytes: int) -> bytes:
-        data = self._file.read(min(most_bytes, PIECE_BYTES, self._left_bytes))
-        self._left_bytes -= len(data)
-        self._hasher.update(data)
-        self._advance(len(data), True)
-        return data
-
-
-def _count(pieces: Iterable[Piece], tally: Tally) -> Iterator[Piece]:
-    for piece in pieces:
-        tally.text_bytes += len(piece.text)
-        tally.documents += piece.ends_document
-        yield piece
-
-
-def _cut(text: bytes) -> Iterator[Piece]:
-    """The pieces of a document that is in memory."""
-    start = 0
-    while len(text) - start > PIECE_BYTES:
-        after = start + _last_cut(text[start : start + PIECE_BYTES + 1])
-        yield Piece(text[start:after], ends_document=False)
-        start = after
-    yield Piece(text[start:], ends_document=True)
-
-
-def _last_cut(text: bytes) -> int:
-    """After the last line end, or else before the last character; neither side is empty."""
-    after_line = text.rfind(b"\n", 0, len(text) - 1) + 1
-    if after_line:
-        return after_line
-    start = len(text) - 1
-    while text[start] & 0xC0 == 0x80:
-        start -= 1
-    return start

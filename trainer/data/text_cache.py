@@ -8,13 +8,14 @@ from pathlib import Path
 from everstep.trainer.data.cache_lock import working_alone
 from everstep.trainer.data.documents import (
     DocumentChangedError,
-    Tally,
     Texts,
     decode_index,
     encode_index,
     identify,
     read_pieces,
 )
+from everstep.trainer.data.pieces import Tally
+from everstep.trainer.data.problems import changing
 from everstep.trainer.data.progress_meter import Meter
 from everstep.trainer.data.sources import Sources
 from everstep.trainer.data.stamps import read_record, write_record
@@ -80,10 +81,7 @@ class TextCache:
             try:
                 return self._load_or_build(trust_index=False)
             except DocumentChangedError as error:
-                raise DataError(
-                    f"data.source: '{error.path}' changes while it is being read; start again when "
-                    "nothing writes to it, or leave it out"
-                ) from error
+                raise changing(error.path) from error
 
     def _load_or_build(self, trust_index: bool) -> tuple[Texts, TokenFile]:
         known = decode_index(read_record(self._index_path)) if trust_index else {}

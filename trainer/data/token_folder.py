@@ -16,6 +16,8 @@ import numpy as np
 from pydantic import Field, ValidationError
 
 from everstep.trainer.config import Section
+from everstep.trainer.data.pieces import Count
+from everstep.trainer.data.problems import unreadable
 from everstep.trainer.data.sources import TOKEN_INDEX
 from everstep.trainer.data.storage import Storages
 from everstep.trainer.data.token_row import TokenArray
@@ -24,8 +26,9 @@ from everstep.trainer.errors import DataError
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")
 FORMAT = "everstep tokens 1"
+_CHUNK_BYTES = 2**22
 
-Count = Annotated[int, Field(ge=0)]
+Whole = Annotated[int, Field(ge=0)]
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 
 
@@ -34,7 +37,7 @@ class Shard(Section):
 
     file: Annotated[str, Field(pattern=r"^tokens-[0-9]+-[0-9]+\.bin$")]
     """Its name in the folder."""
-    tokens: Count
+    tokens: Whole
     sha256: Sha256
     """Of its bytes."""
 
@@ -46,7 +49,7 @@ class TokenizerFacts(Section):
     digest: str
     """Of everything that decides which tokens a text becomes."""
     vocab_size: Annotated[int, Field(ge=1)]
-    eos_id: Count
+    eos_id: Whole
 
 
 class Recipe(Section):
@@ -66,10 +69,10 @@ class TokenFolder(Section):
 
     format: Literal["everstep tokens 1"] = "everstep tokens 1"
     dtype: Literal["|u1", "<u2", "<u4"]
-    documents: Count
-    text_bytes: Count
+    documents: Whole
+    text_bytes: Whole
     """UTF-8 bytes of all documents."""
-    bad_rows: Count
+    bad_rows: Whole
     """Rows that were skipped."""
     tokenizer: TokenizerFacts
     recipe: Recipe
@@ -128,9 +131,7 @@ def read_index(storages: Storages, path: str) -> TokenFolder:
         with storage.open(index_path) as file:
             return decode_folder(file.read(), index_path)
     except OSError as error:
-        raise DataError(
-            f"data.source: cannot read '{index_path}': {error.strerror or error}; make it readable"
-        ) from error
+        raise unreadable(index_path, error) from error
 
 
 def read_folder(folder: Path) -> TokenFolder:
@@ -144,7 +145,7 @@ def read_folder(folder: Path) -> TokenFolder:
             "everstep data tokenize, or run that command again to its end"
         ) from error
     except OSError as error:
-        raise DataError(f"cannot read '{path}': {error.strerror}; make it readable") from error
+        raise unreadable(str(path), error) from error
     for shard in index.shards:
         file = folder / shard.file
         size_bytes = file.stat().st_size if file.exists() else None
@@ -165,10 +166,19 @@ def open_shards(folder: Path, index: TokenFolder) -> list[TokenArray]:
 def shard_is_intact(folder: Path, shard: Shard) -> bool:
     """Whether the shard is there and has its checksum; reads all of it."""
     try:
-        with (folder / shard.file).open("rb", buffering=0) as file:
-            return hashlib.file_digest(file, "sha256").hexdigest() == shard.sha256
+        return sha256_of_file(folder / shard.file, lambda size_bytes: None) == shard.sha256
     except OSError:
         return False
+
+
+def sha256_of_file(path: Path, count: Count) -> str:
+    """Hex digest of a local file. Raises OSError, and whatever ``count`` raises to stop it."""
+    hasher = hashlib.sha256()
+    with path.open("rb", buffering=0) as file:
+        while chunk := file.read(_CHUNK_BYTES):
+            hasher.update(chunk)
+            count(len(chunk))
+    return hasher.hexdigest()
 
 
 def map_tokens(path: Path, dtype: np.dtype[np.unsignedinteger], count: int) -> TokenArray:

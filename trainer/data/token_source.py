@@ -9,8 +9,8 @@ import hashlib
 import json
 import os
 import threading
-from collections.abc import Callable, Iterable
-from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from collections.abc import Callable, Sequence
+from concurrent.futures import FIRST_COMPLETED, CancelledError, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ import numpy as np
 
 from everstep.trainer.data.cache_lock import working_alone
 from everstep.trainer.data.fetch import fetched_file, fetched_folder
+from everstep.trainer.data.problems import unreadable
 from everstep.trainer.data.progress_meter import Meter
 from everstep.trainer.data.sources import SourceFile, Sources
 from everstep.trainer.data.stamps import read_record, write_record
@@ -28,13 +29,14 @@ from everstep.trainer.data.token_folder import (
     map_tokens,
     open_shards,
     read_folder,
+    sha256_of_file,
     tokenizer_of,
 )
 from everstep.trainer.data.token_row import TokenArray, TokenRow
 from everstep.trainer.data.tokenizer import Tokenizer
 from everstep.trainer.errors import DataError
 
-_CHUNK_BYTES = 2**22
+_CHUNK_TOKENS = 2**22
 _THREADS = 8
 _LOCAL = LocalStorage()
 
@@ -187,9 +189,7 @@ def _map_bin(path: Path, name: str, token_dtype: str | None) -> TokenArray:
             )
         return map_tokens(path, dtype, size_bytes // dtype.itemsize)
     except OSError as error:
-        raise DataError(
-            f"data.source: cannot read '{name}': {error.strerror}; make it readable"
-        ) from error
+        raise unreadable(name, error) from error
 
 
 class _Checker:
@@ -227,7 +227,7 @@ class _Checker:
             sha256, largest = known[1:]
         else:
             (sha256,) = _hash_files([path], lambda n: self._meter.advance(n, True))
-            step = _CHUNK_BYTES
+            step = _CHUNK_TOKENS
             starts = range(0, array.size, step)
             largest = max((int(array[start : start + step].max()) for start in starts), default=-1)
         if trusted:
@@ -241,42 +241,42 @@ class _Checker:
             write_record(self._path, self._now)
 
 
-def _hash_files(paths: Iterable[Path], advance: Callable[[int], None]) -> list[str]:
+def _hash_files(paths: Sequence[Path], advance: Callable[[int], None]) -> list[str]:
     """SHA-256 of each file, several at once; ``advance`` is called by this thread."""
     done_bytes = 0
     counting = threading.Lock()
     stop = threading.Event()
 
-    def hash_file(path: Path) -> str:
+    def count(size_bytes: int) -> None:
         nonlocal done_bytes
-        hasher = hashlib.sha256()
-        with path.open("rb", buffering=0) as file:
-            while (chunk := file.read(_CHUNK_BYTES)) and not stop.is_set():
-                hasher.update(chunk)
-                with counting:
-                    done_bytes += len(chunk)
-        return hasher.hexdigest()
+        with counting:
+            done_bytes += size_bytes
+        if stop.is_set():
+            raise CancelledError
 
     told = 0
     futures: list[Future[str]] = []
     with ThreadPoolExecutor(min(_THREADS, os.cpu_count() or 1)) as pool:
         try:
-            futures += [pool.submit(hash_file, path) for path in paths]
+            futures += [pool.submit(sha256_of_file, path, count) for path in paths]
             pending = set(futures)
             while pending:
                 _, pending = wait(pending, timeout=0.5, return_when=FIRST_COMPLETED)
                 if (now := done_bytes) > told:
                     advance(now - told)
                     told = now
-            return [future.result() for future in futures]
-        except OSError as error:
-            raise DataError(
-                f"data.source: cannot read '{error.filename}': {error.strerror}; make it readable"
-            ) from error
+            return [_digest(path, future) for path, future in zip(paths, futures, strict=True)]
         finally:
             stop.set()
             for future in futures:
                 future.cancel()
+
+
+def _digest(path: Path, hashed: Future[str]) -> str:
+    try:
+        return hashed.result()
+    except OSError as error:  # one of a read does not name the file
+        raise unreadable(str(path), error) from error
 
 
 def _damaged(path: Path) -> DataError:

@@ -7,7 +7,7 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
@@ -16,13 +16,19 @@ from typing import IO, Any
 import numpy as np
 
 from everstep.checkpoint.errors import EverstepError
-from everstep.trainer.data.documents import (
+from everstep.trainer.data.pieces import (
+    PIECE_BYTES,
+    Count,
+    CountedFile,
     Piece,
     Tally,
+    count_fractions,
+    counted,
     pieces_of_file,
     pieces_of_rows,
     why_not_text,
 )
+from everstep.trainer.data.problems import changing, not_text, unreadable
 from everstep.trainer.data.rows import Row, hf_rows, jsonl_rows, lines_between, parquet_rows
 from everstep.trainer.data.rows import parse_lines as parse_json_lines
 from everstep.trainer.data.stamps import read_record, replacing, write_record
@@ -72,9 +78,7 @@ class PartResult:
     """Files in folders or globs that are not UTF-8 text."""
 
 
-def tokenize_part(
-    job: Job, part: Part, tokenizer: Tokenizer, advance: Callable[[int], None]
-) -> PartResult:
+def tokenize_part(job: Job, part: Part, tokenizer: Tokenizer, advance: Count) -> PartResult:
     """Writes the shards of a part, and notes that it is done.
 
     Raises DataError: text that cannot be read or has changed, or shards that cannot be written.
@@ -205,7 +209,7 @@ def _in_runs(arrays: Iterator[TokenArray], most: int) -> Iterator[Iterator[Token
 
 
 def _read_part(
-    job: Job, part: Part, tally: Tally, skipped: list[str], advance: Callable[[int], None]
+    job: Job, part: Part, tally: Tally, skipped: list[str], advance: Count
 ) -> Iterator[Piece]:
     storages = Storages(job.storage_options)
     for span in part.spans:
@@ -213,9 +217,10 @@ def _read_part(
             yield from _read_span(job, storages, span, tally, skipped, advance)
             _check_stamps(storages, span)
         except OSError as error:
-            raise DataError(
-                f"data.source: cannot read '{span.path}': {error.strerror or error}; make it "
-                "readable or leave it out, and run the same command again to go on"
+            raise unreadable(
+                span.path,
+                error,
+                "make it readable or leave it out, and run the same command again to go on",
             ) from error
 
 
@@ -225,23 +230,20 @@ def _read_span(
     span: Span,
     tally: Tally,
     skipped: list[str],
-    advance: Callable[[int], None],
+    advance: Count,
 ) -> Iterator[Piece]:
     storage = storages.of(span.path)
     skip_bad = job.on_bad_rows == "skip"
     if span.format == "hf":
         part = None if span.stop is None else (span.start, span.stop)
-        told = _Told(span.size_bytes, advance)
-        rows = hf_rows(span.path, job.storage_options, job.text_key, told.fraction, part)
+        done = count_fractions(span.size_bytes, advance)
+        rows = hf_rows(span.path, job.storage_options, job.text_key, done, part)
         yield from pieces_of_rows(rows, span.path, skip_bad, tally)
         return
     if span.format == "text":
         problem = why_not_text(storage, span.path)
         if problem and span.named:
-            raise DataError(
-                f"data.source: '{span.path}' is not UTF-8 text ({problem}); convert it (for "
-                "example with iconv), name its format, or leave it out"
-            )
+            raise not_text(span.path, problem)
         if problem:
             skipped.append(span.path)
             advance(span.size_bytes)
@@ -249,15 +251,12 @@ def _read_span(
     with storage.open(span.path, seek=span.format == "parquet" or span.stop is not None) as file:
         if span.format == "parquet":
             part = None if span.stop is None else (span.start, span.stop)
-            told = _Told(span.size_bytes, advance)
-            rows = parquet_rows(file, span.path, job.text_key, told.fraction, part)
+            done = count_fractions(span.size_bytes, advance)
+            rows = parquet_rows(file, span.path, job.text_key, done, part)
         else:
-            counting = io.BufferedReader(_CountingFile(file, advance), 2**20)
+            counting = io.BufferedReader(CountedFile(file, advance), PIECE_BYTES)
             if span.format == "text":
-                for piece in pieces_of_file(counting):
-                    tally.text_bytes += len(piece.text)
-                    tally.documents += piece.ends_document
-                    yield piece
+                yield from counted(pieces_of_file(counting), tally)
                 return
             rows = _json_rows(counting, span, job.text_key)
         yield from pieces_of_rows(rows, span.path, skip_bad, tally)
@@ -277,48 +276,4 @@ def _check_stamps(storages: Storages, span: Span) -> None:
         paths = sorted(storage.walk(span.path))
     now = tuple(storage.stamp(path)[0] for path in paths)
     if [list(stamp) for stamp in now] != [list(stamp) for stamp in span.stamps]:
-        raise DataError(
-            f"data.source: '{span.path}' changes while it is being read; run the same command "
-            "again when nothing writes to it"
-        )
-
-
-class _Told:
-    """Turns fractions of a span into bytes."""
-
-    def __init__(self, size_bytes: int, advance: Callable[[int], None]) -> None:
-        self._size_bytes = size_bytes
-        self._advance = advance
-        self._told_bytes = 0
-
-    def fraction(self, done: float) -> None:
-        """So much of it is read."""
-        now_bytes = int(done * self._size_bytes)
-        self._advance(now_bytes - self._told_bytes)
-        self._told_bytes = now_bytes
-
-
-class _CountingFile(io.RawIOBase):
-    """Another file, that tells how much of it is read."""
-
-    def __init__(self, file: IO[bytes], advance: Callable[[int], None]) -> None:
-        self._file = file
-        self._advance = advance
-
-    def readable(self) -> bool:
-        return True
-
-    def seekable(self) -> bool:
-        return self._file.seekable()
-
-    def seek(self, offset: int, whence: int = 0) -> int:
-        return self._file.seek(offset, whence)
-
-    def tell(self) -> int:
-        return self._file.tell()
-
-    def readinto(self, buffer: Any) -> int:
-        data = self._file.read(len(buffer))
-        buffer[: len(data)] = data
-        self._advance(len(data))
-        return len(data)
+        raise changing(span.path)

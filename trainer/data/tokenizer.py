@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
-from everstep.trainer.data.documents import Piece
+from everstep.trainer.data.pieces import Piece
 from everstep.trainer.data.token_row import TokenArray
 from everstep.trainer.errors import DataError
 

@@ -169,6 +169,14 @@ def test_an_override_can_clear_an_optional_value() -> None:
             f"{MINIMAL}\nmodel:\n  dim: 100\n  heads: 3",
             "my.yaml, line 2: model.dim=100 is not a multiple of model.heads=3",
         ),
+        (
+            f"{MINIMAL}\nlaunch:\n  resources_per_rank: {{slots: -1}}",
+            "my.yaml, line 2: launch.resources_per_rank.slots: got -1, expected a number >= 0",
+        ),
+        (
+            f"{MINIMAL}\nlaunch: {{resources_per_rank: {{GPU: 2}}}}",
+            "launch.resources_per_rank names GPU, which is reserved without it",
+        ),
         (f"{MINIMAL}\nmodel: {{factory_args: 3}}", "model.factory_args: got 3, expected a mapping"),
         (f"{MINIMAL}\ndata: {{source: {'x' * 99}, seq_len: 1}}", "data.seq_len: got 1"),
     ],
@@ -228,7 +236,13 @@ def test_an_override_below_a_broken_section_does_not_hide_it() -> None:
             "train:\n  steps: 1\n  steps: 2",
             "my.yaml, line 3: train.steps is already given on line 2; remove one of them",
         ),
+        (
+            "data:\n  source:\n    - path: a\n      weight: 1\n      weight: 2",
+            "my.yaml, line 5: data.source[0].weight is already given on line 4; remove one of them",
+        ),
         ("train: &t\n  steps: 1\n  x: *t", "my.yaml, line 1: a section contains itself"),
+        ("model: {factory_args: {x: &x [*x]}}", "my.yaml, line 1: a section contains itself"),
+        ("seed: !!int x", "my.yaml: not valid YAML: invalid literal"),
     ],
 )
 def test_broken_yaml(text: str, message: str) -> None:

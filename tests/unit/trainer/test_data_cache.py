@@ -151,13 +151,13 @@ def test_settled_files_are_not_read_again(
     folder: Path, cache: Path, trusting: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     read: list[str] = []
-    really_hash = documents._hash_file
+    really_hash = documents.hash_file
 
     def counting_hash(path: str, storage: Storage, must_be_text: bool) -> tuple[str, int]:
         read.append(os.path.basename(path))
         return really_hash(path, storage, must_be_text)
 
-    monkeypatch.setattr(documents, "_hash_file", counting_hash)
+    monkeypatch.setattr(documents, "hash_file", counting_hash)
     (folder / "noise.bin").write_bytes(b"\xff\xfe")
     config = data_config(folder)
     trusted_corpus(folder, cache)

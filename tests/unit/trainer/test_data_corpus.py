@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from everstep.trainer.data import TrainStream, check_held_out_fits, documents, open_corpus
+from everstep.trainer.data import TrainStream, check_held_out_fits, documents, open_corpus, pieces
 from everstep.trainer.data.sources import find_files
 from everstep.trainer.errors import DataError
 from tests.support.corpora import data_config, edited, write_texts
@@ -45,7 +45,7 @@ def test_long_documents_are_cut_between_characters(
     folder = write_texts(tmp_path / "texts", count=4)
     (folder / "wide.txt").write_text("東京" * 50, encoding="utf-8")
     expected = slow_tokens(folder)
-    monkeypatch.setattr(documents, "PIECE_BYTES", piece_bytes)
+    monkeypatch.setattr(pieces, "PIECE_BYTES", piece_bytes)
     corpus = open_corpus(data_config(folder, held_out=0.0), tmp_path / "cache")
     assert corpus.tokens_train.tolist() == expected
 
@@ -55,19 +55,19 @@ def test_pieces_end_at_line_ends_where_there_are_any(
 ) -> None:
     path = tmp_path / "lines.txt"
     path.write_bytes(b"one\ntwo\nthree\n" + "ü".encode() * 20 + b"\nend\n")
-    monkeypatch.setattr(documents, "PIECE_BYTES", 10)
+    monkeypatch.setattr(pieces, "PIECE_BYTES", 10)
     hasher = hashlib.sha256(b"everstep document order 1\0" + path.read_bytes())
     document = documents.Document(str(path), path.stat().st_size, hasher.hexdigest())
-    tally = documents.Tally()
+    tally = pieces.Tally()
     sources = find_files(str(path))
-    pieces = list(
+    found = list(
         documents.read_pieces(sources, [document], lambda size_bytes, was_read: None, tally)
     )
-    assert b"".join(piece.text for piece in pieces) == path.read_bytes()
-    assert [piece.ends_document for piece in pieces] == [False] * (len(pieces) - 1) + [True]
-    assert pieces[0].text == b"one\ntwo\nthree\n"
-    assert all(piece.text.decode() for piece in pieces)
-    assert max(len(piece.text) for piece in pieces) <= 20
+    assert b"".join(piece.text for piece in found) == path.read_bytes()
+    assert [piece.ends_document for piece in found] == [False] * (len(found) - 1) + [True]
+    assert found[0].text == b"one\ntwo\nthree\n"
+    assert all(piece.text.decode() for piece in found)
+    assert max(len(piece.text) for piece in found) <= 20
 
 
 def test_the_digest_is_about_contents_not_names(tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from everstep.trainer.config import DataConfig, SourceConfig
-from everstep.trainer.data import Corpus, documents, open_corpus, rows
+from everstep.trainer.data import Corpus, open_corpus, pieces, rows
 from everstep.trainer.data.sources import find_files
 from everstep.trainer.errors import DataError
 from tests.support.corpora import WORDS, data_config, write_texts
@@ -287,7 +287,7 @@ def test_a_file_of_rows_that_keeps_changing(tmp_path: Path) -> None:
 def test_long_rows_are_cut_between_characters(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(documents, "PIECE_BYTES", 16)
+    monkeypatch.setattr(pieces, "PIECE_BYTES", 16)
     texts = ["grün 東京 " * 30, "x" * 15, "y" * 16, "z" * 17, "line\n" * 40]
     (tmp_path / "a.jsonl").write_bytes(as_lines(texts))
     corpus = open_corpus(data_config(tmp_path / "a.jsonl"), tmp_path / "cache")

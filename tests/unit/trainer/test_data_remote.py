@@ -55,13 +55,13 @@ def settled(monkeypatch: pytest.MonkeyPatch) -> None:
 def reads(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The files that are hashed, as they are."""
     read: list[str] = []
-    really_hash = documents._hash_file
+    really_hash = documents.hash_file
 
     def counting_hash(path: str, storage: Storage, must_be_text: bool) -> tuple[str, int]:
         read.append(path)
         return really_hash(path, storage, must_be_text)
 
-    monkeypatch.setattr(documents, "_hash_file", counting_hash)
+    monkeypatch.setattr(documents, "hash_file", counting_hash)
     return read
 
 

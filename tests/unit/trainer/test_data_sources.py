@@ -134,14 +134,14 @@ def test_files_that_are_not_text_are_left_out_of_folders_and_reported(tmp_path: 
 def test_unreadable_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = write_texts(tmp_path / "texts")
     secret = folder / "000.txt"
-    really_hash = documents._hash_file
+    really_hash = documents.hash_file
 
     def refuse(path: str, storage: Storage, must_be_text: bool) -> tuple[str, int]:
         if path == str(secret):  # root may read a file of any mode
             raise PermissionError(13, "Permission denied", path)
         return really_hash(path, storage, must_be_text)
 
-    monkeypatch.setattr(documents, "_hash_file", refuse)
+    monkeypatch.setattr(documents, "hash_file", refuse)
     assert open_corpus(data_config(folder), tmp_path / "cache").skipped == (str(secret),)
     with pytest.raises(DataError, match=r"000\.txt': Permission denied; make it readable"):
         open_corpus(data_config(secret), tmp_path / "cache")

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from everstep.trainer.data import open_corpus, open_tokenizer
-from everstep.trainer.data.documents import Piece
+from everstep.trainer.data.pieces import Piece
 from everstep.trainer.data.tokenizer import BytesTokenizer, HfTokenizer, token_dtype
 from everstep.trainer.errors import DataError
 from tests.support.corpora import WORDS, data_config, edited, write_texts, write_tokenizer

@@ -12,7 +12,7 @@ from rich.console import Console
 
 from everstep.data_tokenize import tokenize
 from everstep.trainer.config import DataConfig, SourceConfig
-from everstep.trainer.data import open_corpus, vocab_size_of
+from everstep.trainer.data import open_corpus, token_source, vocab_size_of
 from everstep.trainer.data.sources import TOKEN_INDEX
 from everstep.trainer.data.token_folder import decode_folder, encode_folder, read_folder
 from everstep.trainer.data.token_row import TokenRow
@@ -157,6 +157,17 @@ def test_a_missing_shard_and_an_unfinished_folder(folder: Path, tmp_path: Path) 
     (folder / TOKEN_INDEX).unlink()
     with pytest.raises(DataError, match="holds no finished tokens"):
         read_folder(folder)
+
+
+def test_a_shard_that_cannot_be_read_is_named(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(path: Path, count: object) -> str:
+        raise OSError(5, "Input/output error")  # as read(2) fails: without a name
+
+    monkeypatch.setattr(token_source, "sha256_of_file", fail)
+    with pytest.raises(DataError, match=r"cannot read '.*tokens-00000-000.bin': Input/output"):
+        open_corpus(source_config(folder), tmp_path / "cache")
 
 
 def test_an_index_of_another_version(folder: Path) -> None:

@@ -173,6 +173,7 @@ def test_a_users_model_is_the_same_on_every_rank() -> None:
     ("factory", "arguments", "message"),
     [
         ("bigram", {}, "is not of the form 'pkg.module:function'"),
+        (".models:bigram", {}, "is not of the form 'pkg.module:function'"),
         ("no_such_package:bigram", {}, "cannot be imported .*PYTHONPATH"),
         ("tests.support.models:trigram", {}, "has no callable 'trigram'"),
         ("tests.support.models:NOT_CALLABLE", {}, "has no callable 'NOT_CALLABLE'"),
@@ -186,4 +187,10 @@ def test_a_bad_factory_is_one_clear_sentence(
 ) -> None:
     config = ModelConfig(factory=factory, factory_args=arguments)
     with pytest.raises(ConfigError, match=message):
+        build_model(config, vocab_size=20, seq_len=4, seed=3)
+
+
+def test_a_defect_inside_of_a_factory_is_not_taken_for_wrong_arguments() -> None:
+    config = ModelConfig(factory="tests.support.models:defective")
+    with pytest.raises(TypeError, match="out_features"):
         build_model(config, vocab_size=20, seq_len=4, seed=3)
