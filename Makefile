@@ -53,6 +53,8 @@ bench: $(STAMP) ## run the benchmarks and rewrite benchmarks/results/
 	$(BIN)/python benchmarks/copy_kernels.py --json benchmarks/results/copy_kernels.json
 	$(BIN)/python benchmarks/loop_overhead.py --json benchmarks/results/loop_overhead.json
 	$(BIN)/python benchmarks/data_limits.py --json benchmarks/results/data_limits.json
+	$(BIN)/python benchmarks/checkpoint_io.py --json benchmarks/results/checkpoint_io.json \
+	  --plot benchmarks/results/checkpoint_io.png
 
 dist: $(STAMP) ## build sdist and wheel, and try both in empty environments
 	tests/support/try_dist.sh $(BIN)/python
