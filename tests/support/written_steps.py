@@ -1,0 +1,133 @@
+"""Committed checkpoints of arrays cut along any grid, without a model and without torch."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from everstep.checkpoint.commit import CheckpointDirectory
+from everstep.checkpoint.layout import Box, Fragment, Grid, TensorSpec
+from everstep.checkpoint.lineage import StepId
+from everstep.checkpoint.manifest import Manifest, Part
+from everstep.checkpoint.pack import StridedBytes, plan_pack, write_pack
+
+BITS = {8: "<u8", 4: "<u4", 2: "<u2", 1: "u1"}
+"""Arrays hold the bits of items, by bytes per item."""
+
+
+@dataclass(frozen=True)
+class Cut:
+    """A tensor to be saved: its bits, and its inner boundaries per dim."""
+
+    dtype: str
+    bits: np.ndarray[Any, Any]
+    inner: Sequence[Sequence[int]] = ()
+
+    @property
+    def grid(self) -> Grid:
+        """The cells; without boundaries one."""
+        inner = self.inner or [()] * self.bits.ndim
+        return Grid(
+            tuple(
+                (0, *cuts, n) if n else (0,) for cuts, n in zip(inner, self.bits.shape, strict=True)
+            )
+        )
+
+
+def random_bits(shape: Sequence[int], dtype: str, seed: int = 0) -> np.ndarray[Any, Any]:
+    """An array of any bits that the type can have."""
+    spec = TensorSpec("", dtype, tuple(shape))
+    bits = np.random.default_rng(seed).integers(0, 256, spec.size_bytes, np.uint8)
+    return (bits % 2 if dtype == "BOOL" else bits).view(BITS[spec.item_bytes]).reshape(shape)
+
+
+def torch_chunks(n: int, *parts: int) -> list[int]:
+    """Inner boundaries of a dim that is cut as ``torch.chunk`` does, along one axis after another."""
+    spans = [(0, n)]
+    for count in parts:
+        spans = [
+            (at, min(hi, at + max(1, -(-(hi - lo) // count))))
+            for lo, hi in spans
+            for at in range(lo, hi, max(1, -(-(hi - lo) // count)))
+        ]
+    return [lo for lo, _ in spans[1:]]
+
+
+def write_step(
+    root: Path, cuts: Mapping[str, Cut], *, step: int = 1, seed: int = 0
+) -> tuple[Path, Manifest]:
+    """Save tensors as one committed step, with a pack for each cell of the most-cut one.
+
+    Which pack holds a cell is random. Returns the directory of the step, and its manifest.
+    """
+    rng = np.random.default_rng(seed)
+    n_packs = max([1, *(cut.grid.n_cells for cut in cuts.values())])
+    held: list[list[Fragment]] = [[] for _ in range(n_packs)]
+    for name, cut in cuts.items():
+        spec = TensorSpec(name, cut.dtype, cut.bits.shape)
+        cells = list(cut.grid.cells()) or [spec.whole]  # an empty tensor is written once
+        for pack, cell in zip(rng.permutation(n_packs), cells, strict=False):
+            held[pack].append(Fragment(spec, cell))
+    directory = CheckpointDirectory(root)
+    step_id = StepId(1, step)
+    path = directory.begin_step(step_id)
+
+    def source_of(fragment: Fragment) -> StridedBytes:
+        box = fragment.box
+        index = tuple(slice(o, o + n) for o, n in zip(box.offset, box.shape, strict=True))
+        cell = np.array(cuts[fragment.spec.name].bits[index], order="C")
+        return StridedBytes(cell.reshape(-1).view(np.uint8), 0, _strides(cell))
+
+    for rank, fragments in enumerate(held):
+        plan = plan_pack(rank, fragments)
+        record = write_pack(path / f"rank-{rank:05d}-ab.safetensors", plan, source_of)
+        part = Part(
+            generation=1,
+            step=step,
+            rank=rank,
+            world_size=n_packs,
+            pack=record,
+            fragments=plan.fragments,
+            context={"mesh": {"dp": n_packs}, "producer": {}, "objects": {}} if rank == 0 else {},
+        )
+        directory.put_part(part)
+    directory.create_generation(None, {"dp": n_packs})
+    directory.commit(step_id, n_packs)
+    return path, directory.manifest(step_id)
+
+
+def _strides(cell: np.ndarray[Any, Any]) -> tuple[int, ...]:
+    return tuple(
+        int(np.prod(cell.shape[dim + 1 :], dtype=np.int64)) * cell.itemsize
+        for dim in range(cell.ndim)
+    )
+
+
+def uneven_cuts() -> dict[str, Cut]:
+    """Tensors as ranks leave them behind, of every kind that a view treats in its own way."""
+    cuts = {
+        f"model.{dtype}": Cut(dtype, random_bits((5, 3), dtype, 1), ([2], []))
+        for dtype in ("F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2", "C64")
+    }
+    cuts |= {
+        f"ints.{dtype}": Cut(dtype, random_bits((3,), dtype, 2))
+        for dtype in ("I64", "I32", "I16", "I8", "U64", "U32", "U16", "U8", "BOOL")
+    }
+    shapes = {
+        "rows": ((13, 4), ((4,), ())),  # the last chunk is short
+        "rows of rows": ((1001, 4), ((2, 4), ())),  # tensor parallel, then data parallel
+        "columns": ((300, 7), ((2,), (3,))),  # rows are no runs of bytes: several arrays
+        "both": ((8, 6), ((2,), (3,))),
+        "fine": ((10, 3), ((2, 2), ())),  # 3, 2, 3, 2
+        "cube": ((4, 6, 5), ((2,), (3,), (2,))),
+        "scalar": ((), ()),
+        "empty": ((0, 3), ((), ())),
+        "optimizer.a/b%.__x": ((3,), ((2,),)),
+        "__x": ((3,), ((2,),)),
+    }
+    for seed, (name, (shape, parts)) in enumerate(shapes.items(), start=3):
+        inner = [torch_chunks(n, *p) for n, p in zip(shape, parts, strict=True)]
+        cuts[name] = Cut("BF16", random_bits(shape, "BF16", seed), inner)
+    return cuts
