@@ -77,8 +77,8 @@ def candidates(grid: Grid) -> tuple[Chunking, ...]:
         ):
             continue
         whole = math.gcd(*grid.bounds[dim][:-1]) or max(1, shape[dim])
-        for length in (whole, math.gcd(whole, shape[dim]) or 1):
-            found.append((*(1 for _ in shape[:dim]), length, *tail))
+        lengths = (whole, math.gcd(whole, shape[dim]) or 1)
+        found += [(*(1 for _ in shape[:dim]), length, *tail) for length in lengths]
     counted = {c: tuple(-(-n // k) for n, k in zip(shape, c, strict=True)) for c in found or [()]}
     chosen = sorted((math.prod(n), c) for c, n in counted.items() if math.prod(n) <= most)
     return tuple(_chunking(grid, c, counted[c]) for _, c in chosen)

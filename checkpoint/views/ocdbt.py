@@ -5,7 +5,7 @@ tensor; docs/views.md says more. Keys are those of a Zarr hierarchy: ``NAME/zarr
 in the index, ``NAME/c/0/1`` is a range of a pack.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import product

@@ -9,6 +9,7 @@ import hashlib
 import struct
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 import numpy.typing as npt
@@ -84,7 +85,7 @@ def common_prefix_bytes(a: bytes, b: bytes) -> int:
 
 def keys_of(keys: Sequence[bytes]) -> Keys:
     """The columns of ascending keys."""
-    shared = [0] + [common_prefix_bytes(a, b) for a, b in zip(keys, keys[1:], strict=False)]
+    shared = [0] + [common_prefix_bytes(a, b) for a, b in pairwise(keys)]
     suffixes = [key[n:] for key, n in zip(keys, shared, strict=True)]
     return Keys(np.array(shared[1:], np.int64), np.array([*map(len, suffixes)]), b"".join(suffixes))
 

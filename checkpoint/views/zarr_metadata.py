@@ -24,19 +24,26 @@ class ZarrType:
 _NAN = "NaN"
 CORE_TYPES = {
     "F64": ZarrType("float64", _NAN), "F32": ZarrType("float32", _NAN),
-    "F16": ZarrType("float16", _NAN), "C64": ZarrType("complex64", [_NAN, _NAN]),
+    "F16": ZarrType("float16", _NAN),
+    "C128": ZarrType("complex128", [_NAN, _NAN]), "C64": ZarrType("complex64", [_NAN, _NAN]),
     "I64": ZarrType("int64", 0), "I32": ZarrType("int32", 0),
     "I16": ZarrType("int16", 0), "I8": ZarrType("int8", 0),
     "U64": ZarrType("uint64", 0), "U32": ZarrType("uint32", 0),
     "U16": ZarrType("uint16", 0), "U8": ZarrType("uint8", 0), "BOOL": ZarrType("bool", False),
 }  # fmt: skip
-"""Types that every reader of Zarr version 3 knows, by their names in safetensors."""
+"""Types that every reader of Zarr version 3 knows, by their names here."""
 TENSORSTORE_TYPES = CORE_TYPES | {
     "BF16": ZarrType("bfloat16", _NAN),
     "F8_E4M3": ZarrType("float8_e4m3fn", _NAN),
     "F8_E5M2": ZarrType("float8_e5m2", _NAN),
+    "F8_E4M3FNUZ": ZarrType("float8_e4m3fnuz", _NAN),
+    "F8_E5M2FNUZ": ZarrType("float8_e5m2fnuz", _NAN),
+    "F8_E8M0": ZarrType("float8_e8m0fnu", _NAN),
 }
-_NAN_BITS = {"BF16": 0x7FC0, "F8_E4M3": 0x7F, "F8_E5M2": 0x7F}
+_NAN_BITS = {
+    "BF16": 0x7FC0, "C32": 0x7E007E00, "F8_E4M3": 0x7F, "F8_E5M2": 0x7F,
+    "F8_E4M3FNUZ": 0x80, "F8_E5M2FNUZ": 0x80, "F8_E8M0": 0xFF,
+}  # fmt: skip
 
 
 def zarr_type(dtype: str, known: Mapping[str, ZarrType]) -> ZarrType:

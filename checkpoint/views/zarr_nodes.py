@@ -2,8 +2,9 @@
 
 The root has one member for each tensor, under the tensor's logical name: an array, where the cells
 can be cut into a regular grid of chunks. Where they cannot, a group with one array for each shape
-of cell, ``3x2`` for cells of 3 by 2; its first dim counts the cells, and its attribute ``offsets``
-says where in the tensor each belongs. So every tensor is there, and none is there wrongly.
+of cell, ``3x2`` for cells of 3 by 2; its first dim counts the cells, and its attribute
+``everstep_offsets`` says where in the tensor each belongs. So every tensor is there, and none is
+there wrongly.
 """
 
 import math
@@ -83,7 +84,7 @@ def _tensor_nodes(
     known: Mapping[str, ZarrType],
 ) -> Iterator[ArrayNode | GroupNode]:
     spec, kind = tensor.spec, zarr_type(tensor.spec.dtype, known)
-    attributes = {"everstep_dtype": spec.dtype}
+    attributes: dict[str, Any] = {"everstep_dtype": spec.dtype}
     regular = regular_chunking(tensor.grid, places, spec.item_bytes, file_sizes)
     if regular is not None:
         chunking, offsets = regular
@@ -96,18 +97,24 @@ def _tensor_nodes(
             math.prod(chunking.chunk_shape) * spec.item_bytes,
         )
         return
+    names = []
     for name, shape, cells, cell_offsets in _cells_by_shape(tensor.grid):
+        names.append(name)
         yield ArrayNode(
             f"{path}/{name}",
             array_metadata(
-                (len(cells), *shape), (1, *shape), kind, {**attributes, "offsets": cell_offsets}
+                (len(cells), *shape),
+                (1, *shape),
+                kind,
+                {**attributes, "everstep_offsets": cell_offsets},
             ),
             (len(cells), *(1 for _ in shape)),
             places.packs[cells],
             places.offsets[cells],
             math.prod(shape) * spec.item_bytes,
         )
-    yield GroupNode(path, group_metadata({**attributes, "everstep_shape": list(spec.shape)}))
+    attributes = {**attributes, "everstep_shape": list(spec.shape), "everstep_arrays": names}
+    yield GroupNode(path, group_metadata(attributes))
 
 
 def _cells_by_shape(

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from everstep.checkpoint.commit import CheckpointDirectory
-from everstep.checkpoint.layout import Box, Fragment, Grid, TensorSpec
+from everstep.checkpoint.layout import Fragment, Grid, TensorSpec
 from everstep.checkpoint.lineage import StepId
 from everstep.checkpoint.manifest import Manifest, Part
 from everstep.checkpoint.pack import StridedBytes, plan_pack, write_pack
@@ -44,7 +44,7 @@ def random_bits(shape: Sequence[int], dtype: str, seed: int = 0) -> np.ndarray[A
 
 
 def torch_chunks(n: int, *parts: int) -> list[int]:
-    """Inner boundaries of a dim that is cut as ``torch.chunk`` does, along one axis after another."""
+    """Inner boundaries of a dim cut as ``torch.chunk`` does, along one axis after another."""
     spans = [(0, n)]
     for count in parts:
         spans = [
@@ -71,6 +71,7 @@ def write_step(
         for pack, cell in zip(rng.permutation(n_packs), cells, strict=False):
             held[pack].append(Fragment(spec, cell))
     directory = CheckpointDirectory(root)
+    directory.create_generation(None, {"dp": n_packs})
     step_id = StepId(1, step)
     path = directory.begin_step(step_id)
 
@@ -93,7 +94,6 @@ def write_step(
             context={"mesh": {"dp": n_packs}, "producer": {}, "objects": {}} if rank == 0 else {},
         )
         directory.put_part(part)
-    directory.create_generation(None, {"dp": n_packs})
     directory.commit(step_id, n_packs)
     return path, directory.manifest(step_id)
 
