@@ -10,8 +10,14 @@ import numpy as np
 from everstep.checkpoint.commit import CheckpointDirectory
 from everstep.checkpoint.layout import Fragment, Grid, TensorSpec
 from everstep.checkpoint.lineage import StepId
-from everstep.checkpoint.manifest import Manifest, Part
-from everstep.checkpoint.pack import StridedBytes, plan_pack, write_pack
+from everstep.checkpoint.manifest import Manifest, Part, build_manifest
+from everstep.checkpoint.pack import (
+    PackRecord,
+    StridedBytes,
+    dense_strides,
+    plan_pack,
+    write_pack,
+)
 
 BITS = {8: "<u8", 4: "<u4", 2: "<u2", 1: "u1"}
 """Arrays hold the bits of items, by bytes per item."""
@@ -62,47 +68,23 @@ def write_step(
 
     Which pack holds a cell is random. Returns the directory of the step, and its manifest.
     """
-    rng = np.random.default_rng(seed)
-    n_packs = max([1, *(cut.grid.n_cells for cut in cuts.values())])
-    held: list[list[Fragment]] = [[] for _ in range(n_packs)]
-    for name, cut in cuts.items():
-        spec = TensorSpec(name, cut.dtype, cut.bits.shape)
-        cells = list(cut.grid.cells()) or [spec.whole]  # an empty tensor is written once
-        for pack, cell in zip(rng.permutation(n_packs), cells, strict=False):
-            held[pack].append(Fragment(spec, cell))
+    held = _share_out(cuts, seed)
     directory = CheckpointDirectory(root)
-    directory.create_generation(None, {"dp": n_packs})
+    directory.create_generation(None, {"dp": len(held)})
     step_id = StepId(1, step)
     path = directory.begin_step(step_id)
 
     def source_of(fragment: Fragment) -> StridedBytes:
-        box = fragment.box
-        index = tuple(slice(o, o + n) for o, n in zip(box.offset, box.shape, strict=True))
-        cell = np.array(cuts[fragment.spec.name].bits[index], order="C")
-        return StridedBytes(cell.reshape(-1).view(np.uint8), 0, _strides(cell))
+        cell = _cell(cuts, fragment)
+        strides = dense_strides(cell.shape, cell.itemsize)
+        return StridedBytes(cell.reshape(-1).view(np.uint8), 0, strides)
 
     for rank, fragments in enumerate(held):
         plan = plan_pack(rank, fragments)
         record = write_pack(path / f"rank-{rank:05d}-ab.safetensors", plan, source_of)
-        part = Part(
-            generation=1,
-            step=step,
-            rank=rank,
-            world_size=n_packs,
-            pack=record,
-            fragments=plan.fragments,
-            context={"mesh": {"dp": n_packs}, "producer": {}, "objects": {}} if rank == 0 else {},
-        )
-        directory.put_part(part)
-    directory.commit(step_id, n_packs)
+        directory.put_part(_part(rank, len(held), step, record, plan.fragments))
+    directory.commit(step_id, len(held))
     return path, directory.manifest(step_id)
-
-
-def _strides(cell: np.ndarray[Any, Any]) -> tuple[int, ...]:
-    return tuple(
-        int(np.prod(cell.shape[dim + 1 :], dtype=np.int64)) * cell.itemsize
-        for dim in range(cell.ndim)
-    )
 
 
 def uneven_cuts() -> dict[str, Cut]:
@@ -131,3 +113,59 @@ def uneven_cuts() -> dict[str, Cut]:
         inner = [torch_chunks(n, *p) for n, p in zip(shape, parts, strict=True)]
         cuts[name] = Cut("BF16", random_bits(shape, "BF16", seed), inner)
     return cuts
+
+
+def packed(cuts: Mapping[str, Cut], seed: int = 0) -> tuple[Manifest, dict[str, bytes]]:
+    """The same as ``write_step`` without any file: the manifest, and the bytes of each pack."""
+    parts, packs = [], {}
+    held = _share_out(cuts, seed)
+    for rank, fragments in enumerate(held):
+        plan = plan_pack(rank, fragments)
+        data = b"".join(_cell(cuts, f).tobytes() for f in plan.fragments)
+        name = f"rank-{rank:05d}-ab.safetensors"
+        packs[name] = plan.header + data + bytes(4 * plan.n_blocks)
+        record = PackRecord(
+            file=name,
+            rank=rank,
+            size_bytes=plan.size_bytes,
+            data_start=len(plan.header),
+            data_bytes=plan.data_bytes,
+            crc32c=0,
+        )
+        parts.append(_part(rank, len(held), 1, record, plan.fragments))
+    return build_manifest(parts), packs
+
+
+def _share_out(cuts: Mapping[str, Cut], seed: int) -> list[list[Fragment]]:
+    """For each pack the fragments that it is to hold."""
+    rng = np.random.default_rng(seed)
+    held: list[list[Fragment]] = [
+        [] for _ in range(max([1, *(cut.grid.n_cells for cut in cuts.values())]))
+    ]
+    for name, cut in cuts.items():
+        spec = TensorSpec(name, cut.dtype, cut.bits.shape)
+        cells = list(cut.grid.cells()) or [spec.whole]  # an empty tensor is written once
+        for pack, cell in zip(rng.permutation(len(held)), cells, strict=False):
+            held[pack].append(Fragment(spec, cell))
+    return held
+
+
+def _cell(cuts: Mapping[str, Cut], fragment: Fragment) -> np.ndarray[Any, Any]:
+    box = fragment.box
+    index = tuple(slice(o, o + n) for o, n in zip(box.offset, box.shape, strict=True))
+    return np.array(cuts[fragment.spec.name].bits[index], order="C")
+
+
+def _part(
+    rank: int, world_size: int, step: int, record: PackRecord, fragments: tuple[Fragment, ...]
+) -> Part:
+    context = {"mesh": {"dp": world_size}, "producer": {}, "objects": {}}
+    return Part(
+        generation=1,
+        step=step,
+        rank=rank,
+        world_size=world_size,
+        pack=record,
+        fragments=fragments,
+        context=context if rank == 0 else {},
+    )

@@ -2,24 +2,15 @@
 
 import contextlib
 import json
-import re
 from pathlib import Path
 
 import pytest
 
 from tests.support.foreign import run_foreign
+from tests.support.view_programs import programs
 from tests.support.written_steps import Cut, random_bits, torch_chunks, uneven_cuts, write_step
 
-TEXT = (Path(__file__).parents[2] / "docs" / "views.md").read_text(encoding="utf-8")
 STEP = "step-00000100-g00001"
-
-
-def programs(section: str, language: str = "python") -> str:
-    """The snippets of a section, one after another."""
-    (text,) = re.findall(rf"^## {section}\n(.*?)(?=^## |\Z)", TEXT, re.DOTALL | re.MULTILINE)
-    snippets = re.findall(rf"^```{language}\n(.*?)^```", text, re.DOTALL | re.MULTILINE)
-    assert snippets
-    return "\n".join(snippets)
 
 
 @pytest.fixture(scope="module")
