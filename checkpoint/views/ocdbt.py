@@ -77,11 +77,7 @@ class _Index:
     def __init__(self, packs: Sequence[bytes], node_entries: int) -> None:
         self.pieces: list[bytes] = []
         self._size_bytes = 0
-        names = [*packs, INDEX_FILE.encode()]
-        order = sorted(range(len(names)), key=names.__getitem__)
-        self._names = [names[i] for i in order]
-        self._numbers = np.empty(len(names), np.int64)
-        self._numbers[order] = np.arange(len(names))
+        self._names = [*packs, INDEX_FILE.encode()]
         self._node_entries = node_entries
         self._leaves: list[NodeReference] = []
         self._runs: list[_Run] = []
@@ -90,8 +86,7 @@ class _Index:
     def add_chunks(self, prefix: bytes, node: ArrayNode) -> None:
         """The chunks of an array; ``prefix`` begins their keys."""
         ends = _chunk_names(node.counts)
-        files = self._numbers[node.packs[ends.order]]
-        offsets = node.offsets[ends.order]
+        files, offsets = node.packs[ends.order], node.offsets[ends.order]
         begin, count = 0, len(offsets)
         while begin < count:
             stop = min(count, begin + self._node_entries - self._waiting)
@@ -114,7 +109,7 @@ class _Index:
         nothing = np.zeros(0, np.int64)
         file, offset, inline = nothing, nothing, value
         if len(value) > MOST_INLINE_BYTES:
-            file, offset = self._numbers[-1:], np.array([self._put(value)])
+            file, offset = np.array([len(self._names) - 1]), np.array([self._put(value)])
             inline = b""
         lengths = np.array([len(value)])
         self._append(_Run((key, key), 0, np.array([len(key)]), key, lengths, file, offset, inline))

@@ -2,8 +2,10 @@
 
 import contextlib
 import json
+import re
 from pathlib import Path
 
+import fsspec
 import pytest
 
 from tests.support.foreign import run_foreign
@@ -85,3 +87,40 @@ def read(name, node):
     return tensor.view(bits[tensor.element_size()]).numpy()
 """.replace("STEP", STEP)
     run_foreign(programs("safetensors") + check + CHECK, folder)
+
+
+@pytest.mark.slow
+def test_an_object_store(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("s3fs")
+    server = pytest.importorskip("moto.server").ThreadedMotoServer(ip_address="127.0.0.1", port=0)
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "testing")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "testing")
+    monkeypatch.setenv("AWS_DEFAULT_REGION", "us-east-1")
+    server.start()
+    try:
+        endpoint = "http://{}:{}".format(*server.get_host_and_port())
+        store = fsspec.filesystem("s3", endpoint_url=endpoint)
+        store.mkdir("bucket")
+        store.put(str(folder / "checkpoints"), "bucket/run7/checkpoints", recursive=True)
+        store.put(str(folder / "references.json"), "bucket/run7/references.json")
+        base = {
+            "driver": "s3",
+            "bucket": "bucket",
+            "endpoint": endpoint,
+            "aws_region": "us-east-1",
+            "path": f"run7/checkpoints/{STEP}/",
+        }
+        (function,) = re.findall(
+            r"^def open_tensor.*?(?=^\w)", programs("TensorStore"), re.M | re.S
+        )
+        read = f"read = lambda name, node: open_tensor({base!r}, node).read().result()"
+        imports = "import json\nimport tensorstore as ts\n"
+        run_foreign(imports + function + read + CHECK, folder)
+        opened = programs("zarr-python", "python s3").replace("https://s3.example.org", endpoint)
+        (function,) = re.findall(
+            r"^def read_tensor.*?(?=^\w)", programs("zarr-python"), re.M | re.S
+        )
+        read = "read = lambda name, node: read_tensor(group, node)"
+        run_foreign(f"import numpy as np\n{opened}\n{function}\n{read}\n{CHECK}", folder)
+    finally:
+        server.stop()
