@@ -21,7 +21,7 @@ import numpy as np
 from everstep.checkpoint.layout import Grid
 from everstep.checkpoint.views.placement import CellPlaces, Integers
 
-MOST_CHUNKS_PER_CELL = 16
+MOST_CHUNKS_PER_CELL = 4
 FEW_CHUNKS = 256
 """As many chunks are always fine, however few cells there are."""
 
