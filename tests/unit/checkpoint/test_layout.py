@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from everstep.checkpoint.errors import LayoutError
-from everstep.checkpoint.layout import ITEM_BYTES, Box, Fragment, Grid, TensorSpec, grid_of
+from everstep.checkpoint.coverage import grid_of
+from everstep.checkpoint.layout import ITEM_BYTES, Box, Fragment, Grid, Piece, TensorSpec
 from everstep.checkpoint.torch_layout import DTYPES
 
 
@@ -62,7 +63,11 @@ def test_cells_of_scalars_and_of_empty_tensors(bounds: tuple[tuple[int, ...], ..
 def test_overlapping_cells_are_those_that_share_items() -> None:
     grid = Grid(((0, 1, 4, 5), (0, 3, 5)))
     for box in _boxes_within(5, 2):
-        wanted = [(i, c) for i, c in enumerate(grid.cells()) if c.intersect(box)]
+        wanted = [
+            Piece(number, cell, 0, common)
+            for number, cell in enumerate(grid.cells())
+            if (common := cell.intersect(box)) is not None
+        ]
         assert list(grid.overlapping(box)) == wanted
 
 
