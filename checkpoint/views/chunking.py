@@ -8,7 +8,7 @@ as divides every boundary between cells.
 
 Chunks at the far edge must have as many bytes as all others. Where the last one along d is short,
 its bytes come first and whatever follows in the file makes it full: readers drop what lies outside
-of the tensor.
+of the tensor. (But TensorStore looks at all values of a chunk where not all bits are values.)
 """
 
 import math
@@ -18,12 +18,23 @@ from itertools import pairwise
 
 import numpy as np
 
-from everstep.checkpoint.layout import Grid
-from everstep.checkpoint.views.placement import CellPlaces, Integers
+from everstep.checkpoint.layout import Grid, Integers, TensorSpec
 
 MOST_CHUNKS_PER_CELL = 4
 FEW_CHUNKS = 256
 """As many chunks are always fine, however few cells there are."""
+CHECKED_DTYPES = frozenset({"BOOL"})
+"""Chunks of these must not contain bytes of anything else."""
+
+
+@dataclass(frozen=True)
+class CellPlaces:
+    """For each cell of a tensor, in order."""
+
+    packs: Integers
+    """Number of the pack in the manifest."""
+    offsets: Integers
+    """Byte offset of the cell in the file of that pack; the cell is dense there, in C order."""
 
 
 @dataclass(frozen=True)
@@ -40,14 +51,14 @@ class Chunking:
 
 
 def regular_chunking(
-    grid: Grid, places: CellPlaces, item_bytes: int, file_sizes: Integers
+    grid: Grid, places: CellPlaces, spec: TensorSpec, file_sizes: Integers
 ) -> tuple[Chunking, Integers] | None:
     """The coarsest regular grid of chunks whose bytes are all there.
 
     Args:
         grid: the cells of a tensor.
         places: where they lie.
-        item_bytes: size of an item.
+        spec: the tensor.
         file_sizes: bytes of each pack file.
 
     Returns:
@@ -55,8 +66,11 @@ def regular_chunking(
         ``MOST_CHUNKS_PER_CELL`` chunks per cell.
     """
     for chunking in candidates(grid):
-        offsets = places.offsets[chunking.cells] + chunking.item_offsets * item_bytes
-        ends = offsets + math.prod(chunking.chunk_shape) * item_bytes
+        short = any(n % k for n, k in zip(spec.shape, chunking.chunk_shape, strict=True))
+        if short and spec.dtype in CHECKED_DTYPES:
+            continue
+        offsets = places.offsets[chunking.cells] + chunking.item_offsets * spec.item_bytes
+        ends = offsets + math.prod(chunking.chunk_shape) * spec.item_bytes
         if (ends <= file_sizes[places.packs[chunking.cells]]).all():
             return chunking, offsets
     return None

@@ -12,6 +12,7 @@ from itertools import product
 
 import numpy as np
 
+from everstep.checkpoint.layout import Integers
 from everstep.checkpoint.manifest import Manifest
 from everstep.checkpoint.views.ocdbt_format import (
     MOST_INLINE_BYTES,
@@ -23,7 +24,6 @@ from everstep.checkpoint.views.ocdbt_format import (
     encode_leaf,
     encode_manifest,
 )
-from everstep.checkpoint.views.placement import Integers
 from everstep.checkpoint.views.zarr_metadata import TENSORSTORE_TYPES, encode_metadata
 from everstep.checkpoint.views.zarr_nodes import ArrayNode, zarr_nodes
 

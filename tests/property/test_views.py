@@ -1,6 +1,7 @@
 """However tensors are cut, TensorStore and zarr-python read what was saved, bit for bit."""
 
 import json
+import math
 import tempfile
 from pathlib import Path
 
@@ -10,10 +11,9 @@ import zarr
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from everstep.checkpoint.layout import ITEM_BYTES
+from everstep.checkpoint.layout import ITEM_BYTES, Box
 from everstep.checkpoint.views.chunking import candidates
 from everstep.checkpoint.views.ocdbt import ocdbt_files
-from everstep.checkpoint.views.placement import place_cells
 from everstep.checkpoint.views.zarr_metadata import node_name
 from everstep.checkpoint.views.zarr_references import reference_text
 from tests.support.view_programs import function
@@ -23,23 +23,58 @@ open_tensor = function("TensorStore", "open_tensor")
 read_tensor = function("zarr-python", "read_tensor")
 
 
+bits_of = st.builds(
+    lambda dtype, shape, seed: (dtype, random_bits(shape, dtype, seed)),
+    st.sampled_from(sorted(ITEM_BYTES)),
+    st.lists(st.integers(0, 12), max_size=4),
+    st.integers(0, 99),
+)
+
+
 @st.composite
-def cuts_of_one(draw: st.DrawFn) -> Cut:
+def grids(draw: st.DrawFn) -> Cut:
     """A tensor of few dims that is cut anywhere, or as ``torch.chunk`` does."""
-    dtype = draw(st.sampled_from(sorted(ITEM_BYTES)))
-    shape = draw(st.lists(st.integers(0, 12), max_size=4))
+    dtype, bits = draw(bits_of)
     inner = []
-    for n in shape:
+    for n in bits.shape:
         if draw(st.booleans()):
-            inner.append(torch_chunks(n, *draw(st.lists(st.integers(1, 4), max_size=2))))
+            edges = torch_chunks(n, *draw(st.lists(st.integers(1, 4), max_size=2)))
         else:
-            inner.append(sorted(draw(st.sets(st.integers(1, max(1, n - 1)), max_size=3))))
-    inner = [[at for at in edges if at < n] for edges, n in zip(inner, shape, strict=True)]
-    return Cut(dtype, random_bits(shape, dtype, draw(st.integers(0, 99))), inner)
+            edges = sorted(draw(st.sets(st.integers(1, max(1, n - 1)), max_size=3)))
+        inner.append([at for at in edges if at < n])
+    return Cut(dtype, bits, inner)
+
+
+@st.composite
+def flat_ranges(draw: st.DrawFn) -> Cut:
+    """A tensor of which ranks hold ranges, in any place or whole rows."""
+    dtype, bits = draw(bits_of)
+    row = math.prod(bits.shape[1:]) if draw(st.booleans()) else 1
+    edges = {at * row for at in draw(st.sets(st.integers(1, 40), max_size=4))}
+    return Cut(dtype, bits, flat=sorted(at for at in edges if 0 < at < bits.size))
+
+
+@st.composite
+def box_lists(draw: st.DrawFn) -> Cut:
+    """A tensor that is cut in two, and each part again."""
+    dtype, bits = draw(bits_of)
+    boxes = [Box((0,) * bits.ndim, bits.shape)]
+    for _ in range(draw(st.integers(0, 4)) if bits.ndim else 0):
+        offset, shape = boxes.pop(draw(st.integers(0, len(boxes) - 1)))
+        dim = draw(st.integers(0, bits.ndim - 1))
+        at = draw(st.integers(0, shape[dim]))
+        for begin, end in ((0, at), (at, shape[dim])):
+            if begin < end:
+                where, size = [*offset], [*shape]
+                where[dim], size[dim] = where[dim] + begin, end - begin
+                boxes.append(Box(tuple(where), tuple(size)))
+        if not boxes:
+            break
+    return Cut(dtype, bits, boxes=boxes)
 
 
 names = st.text(st.sampled_from("abc01./_%-äz "), min_size=1, max_size=8)
-states = st.dictionaries(names, cuts_of_one(), min_size=1, max_size=5)
+states = st.dictionaries(names, grids() | flat_ranges() | box_lists(), min_size=1, max_size=5)
 
 
 @given(states, st.integers(0, 99), st.integers(2, 40))
@@ -76,21 +111,7 @@ def test_zarr_reads_what_was_saved(cuts: dict[str, Cut], seed: int) -> None:
     store.rm("/packs", recursive=True)
 
 
-@given(states, st.integers(0, 99))
-@settings(max_examples=200, deadline=None)
-def test_cells_are_placed_as_the_packs_have_them(cuts: dict[str, Cut], seed: int) -> None:
-    manifest, _ = packed(cuts, seed)
-    for name, places in place_cells(manifest).items():
-        tensor = manifest.tensors[name]
-        assert places.packs.tolist() == list(tensor.packs)
-        for pack, offset, cell in zip(
-            tensor.packs, places.offsets.tolist(), tensor.grid.cells(), strict=True
-        ):
-            start, _ = manifest.pack_indexes[pack].starts[name, cell.offset]
-            assert offset == manifest.packs[pack].data_start + start
-
-
-@given(cuts_of_one())
+@given(grids())
 @settings(max_examples=300, deadline=None)
 def test_a_chunk_is_one_run_of_bytes_of_one_cell(cut: Cut) -> None:
     grid, shape = cut.grid, cut.bits.shape

@@ -2,13 +2,21 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from everstep.checkpoint.commit import CheckpointDirectory
-from everstep.checkpoint.layout import Fragment, Grid, TensorSpec
+from everstep.checkpoint.layout import (
+    ITEM_BYTES,
+    Box,
+    Fragment,
+    Grid,
+    TensorSpec,
+    flat_fragment,
+)
 from everstep.checkpoint.lineage import StepId
 from everstep.checkpoint.manifest import Manifest, Part, build_manifest
 from everstep.checkpoint.pack import (
@@ -19,17 +27,21 @@ from everstep.checkpoint.pack import (
     write_pack,
 )
 
-BITS = {8: "<u8", 4: "<u4", 2: "<u2", 1: "u1"}
+BITS = {16: "V16", 8: "<u8", 4: "<u4", 2: "<u2", 1: "u1"}
 """Arrays hold the bits of items, by bytes per item."""
 
 
 @dataclass(frozen=True)
 class Cut:
-    """A tensor to be saved: its bits, and its inner boundaries per dim."""
+    """A tensor to be saved, by its bits: whole, or cut in one of three ways."""
 
     dtype: str
     bits: np.ndarray[Any, Any]
-    inner: Sequence[Sequence[int]] = ()
+    inner: Sequence[Sequence[int]] | None = None
+    """Inner boundaries per dim, of a grid."""
+    flat: Sequence[int] | None = None
+    """Inner boundaries of ranges of the flattened tensor."""
+    boxes: Sequence[Box] | None = None
 
     @property
     def grid(self) -> Grid:
@@ -40,6 +52,15 @@ class Cut:
                 (0, *cuts, n) if n else (0,) for cuts, n in zip(inner, self.bits.shape, strict=True)
             )
         )
+
+    def fragments(self, name: str) -> list[Fragment]:
+        """What packs are to hold of it; an empty tensor is written once."""
+        spec = TensorSpec(name, self.dtype, self.bits.shape)
+        if self.flat is not None and self.bits.size:
+            edges = [0, *self.flat, self.bits.size]
+            return [flat_fragment(spec, lo, hi) for lo, hi in pairwise(edges)]
+        cells = self.grid.cells() if self.boxes is None or not self.bits.size else self.boxes
+        return [Fragment(spec, cell) for cell in cells] or [Fragment(spec, spec.whole)]
 
 
 def random_bits(shape: Sequence[int], dtype: str, seed: int = 0) -> np.ndarray[Any, Any]:
@@ -90,13 +111,18 @@ def write_step(
 def uneven_cuts() -> dict[str, Cut]:
     """Tensors as ranks leave them behind, of every kind that a view treats in its own way."""
     cuts = {
-        f"model.{dtype}": Cut(dtype, random_bits((5, 3), dtype, 1), ([2], []))
-        for dtype in ("F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2", "C64")
+        f"types.{dtype}": Cut(dtype, random_bits((5, 3), dtype, 1), ([2], []))
+        for dtype in ITEM_BYTES
     }
-    cuts |= {
-        f"ints.{dtype}": Cut(dtype, random_bits((3,), dtype, 2))
-        for dtype in ("I64", "I32", "I16", "I8", "U64", "U32", "U16", "U8", "BOOL")
-    }
+    bits = random_bits((7, 5), "I16", 2)
+    cuts["flat"] = Cut("I16", bits, flat=(12, 24))
+    cuts["flat rows"] = Cut("I16", bits, flat=(10, 20, 30))
+    cuts["flat scalar"] = Cut("I16", bits[0, 0], flat=())
+    cuts["boxes"] = Cut(
+        "I16",
+        bits,
+        boxes=[Box((0, 0), (4, 2)), Box((0, 2), (2, 3)), Box((2, 2), (2, 3)), Box((4, 0), (3, 5))],
+    )
     shapes = {
         "rows": ((13, 4), ((4,), ())),  # the last chunk is short
         "rows of rows": ((1001, 4), ((2, 4), ())),  # tensor parallel, then data parallel
@@ -139,21 +165,18 @@ def packed(cuts: Mapping[str, Cut], seed: int = 0) -> tuple[Manifest, dict[str, 
 def _share_out(cuts: Mapping[str, Cut], seed: int) -> list[list[Fragment]]:
     """For each pack the fragments that it is to hold."""
     rng = np.random.default_rng(seed)
-    held: list[list[Fragment]] = [
-        [] for _ in range(max([1, *(cut.grid.n_cells for cut in cuts.values())]))
-    ]
-    for name, cut in cuts.items():
-        spec = TensorSpec(name, cut.dtype, cut.bits.shape)
-        cells = list(cut.grid.cells()) or [spec.whole]  # an empty tensor is written once
-        for pack, cell in zip(rng.permutation(len(held)), cells, strict=False):
-            held[pack].append(Fragment(spec, cell))
+    fragments = [cut.fragments(name) for name, cut in cuts.items()]
+    held: list[list[Fragment]] = [[] for _ in range(max([1, *map(len, fragments)]))]
+    for of_one in fragments:
+        for pack, fragment in zip(rng.permutation(len(held)), of_one, strict=False):
+            held[pack].append(fragment)
     return held
 
 
 def _cell(cuts: Mapping[str, Cut], fragment: Fragment) -> np.ndarray[Any, Any]:
-    box = fragment.box
+    box, bits = fragment.box, cuts[fragment.spec.name].bits
     index = tuple(slice(o, o + n) for o, n in zip(box.offset, box.shape, strict=True))
-    return np.array(cuts[fragment.spec.name].bits[index], order="C")
+    return np.array((bits.reshape(-1) if fragment.flat else bits)[index], order="C")
 
 
 def _part(

@@ -38,7 +38,17 @@ def test_trees_of_any_height(tmp_path: Path, node_entries: int) -> None:
     assert len(keys) == len(set(keys))
     assert {b"rows/c/3/0", b"rows/zarr.json", b"scalar/c", b"zarr.json"} < set(keys)
     assert b"optimizer.a%2Fb%25.__x/c/0" in keys
-    for name in ("rows", "columns", "cube", "scalar", "empty", "model.F8_E4M3"):
+    for name in (
+        "rows",
+        "columns",
+        "cube",
+        "scalar",
+        "empty",
+        "types.F8_E4M3",
+        "flat",
+        "flat rows",
+        "boxes",
+    ):
         found = open_tensor(url, name).read().result()
         assert found.tobytes() == cuts[name].bits.tobytes()
 
@@ -82,6 +92,15 @@ def test_a_tensor_of_several_arrays_cannot_be_taken_for_one(tmp_path: Path) -> N
     url = _write(tmp_path, {**packs, **ocdbt_files(manifest)})
     with pytest.raises(ValueError, match="node_type"):
         ts.open(f"{url}|ocdbt:w/|zarr3:", read=True).result()
+
+
+def test_truth_values_are_not_followed_by_other_bytes(tmp_path: Path) -> None:
+    """TensorStore refuses a chunk with a byte that is neither, even outside of the tensor."""
+    cut = Cut("BOOL", random_bits((5, 3), "BOOL"), ([2], []))
+    other = Cut("U8", np.full((9,), 255, np.uint8))
+    manifest, packs = packed({"a": cut, "b": other})
+    url = _write(tmp_path, {**packs, **ocdbt_files(manifest)})
+    assert open_tensor(url, "a").read().result().tobytes() == cut.bits.tobytes()
 
 
 @pytest.mark.parametrize("dtype", ["I32", "BF16", "BOOL"])
