@@ -3,8 +3,7 @@
 They are derived: a function of the manifest, written before it, and of no use to our own readers.
 """
 
-from collections.abc import Mapping
-from pathlib import Path
+from collections.abc import Callable, Mapping
 
 from everstep.checkpoint.manifest import Manifest
 from everstep.checkpoint.views.ocdbt import ocdbt_files
@@ -15,15 +14,20 @@ def index_files(manifest: Manifest) -> Mapping[str, bytes]:
     return ocdbt_files(manifest)
 
 
-def damaged_index_files(manifest: Manifest, step_path: Path) -> list[str]:
+def damaged_index_files(manifest: Manifest, read: Callable[[str], bytes]) -> list[str]:
     """Names of those that are missing, or not what they should be.
 
-    Raises:
-        OSError: a file that is there cannot be read.
+    Args:
+        manifest: the checkpoint.
+        read: gives the bytes of a file of the step's directory, or raises FileNotFoundError; what
+            else it raises is passed on.
     """
     damaged = []
     for name, data in index_files(manifest).items():
-        path = step_path / name
-        if not path.is_file() or path.read_bytes() != data:
+        try:
+            good = read(name) == data
+        except FileNotFoundError:
+            good = False
+        if not good:
             damaged.append(name)
     return damaged
