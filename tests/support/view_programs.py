@@ -17,12 +17,17 @@ def programs(section: str, language: str = "python") -> str:
     return "\n".join(snippets)
 
 
-def function(section: str, name: str) -> Callable[..., Any]:
-    """A function of a section, without running what is around it."""
+def definitions(section: str) -> str:
+    """The functions of a section and what they import, without the lines that use them."""
     tree = ast.parse(programs(section))
     kinds = (ast.Import, ast.ImportFrom, ast.FunctionDef)
     tree.body = [node for node in tree.body if isinstance(node, kinds)]
+    return ast.unparse(tree) + "\n"
+
+
+def function(section: str, name: str) -> Callable[..., Any]:
+    """A function of a section."""
     names: dict[str, Any] = {}
-    exec(compile(tree, "docs/views.md", "exec"), names)
+    exec(definitions(section), names)
     found: Callable[..., Any] = names[name]
     return found

@@ -2,14 +2,13 @@
 
 import contextlib
 import json
-import re
 from pathlib import Path
 
 import fsspec
 import pytest
 
 from tests.support.foreign import run_foreign
-from tests.support.view_programs import programs
+from tests.support.view_programs import definitions, programs
 from tests.support.written_steps import Cut, random_bits, torch_chunks, uneven_cuts, write_step
 
 STEP = "step-00000100-g00001"
@@ -110,17 +109,10 @@ def test_an_object_store(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
             "aws_region": "us-east-1",
             "path": f"run7/checkpoints/{STEP}/",
         }
-        (function,) = re.findall(
-            r"^def open_tensor.*?(?=^\w)", programs("TensorStore"), re.M | re.S
-        )
         read = f"read = lambda name, node: open_tensor({base!r}, node).read().result()"
-        imports = "import json\nimport tensorstore as ts\n"
-        run_foreign(imports + function + read + CHECK, folder)
+        run_foreign(definitions("TensorStore") + read + CHECK, folder)
         opened = programs("zarr-python", "python s3").replace("https://s3.example.org", endpoint)
-        (function,) = re.findall(
-            r"^def read_tensor.*?(?=^\w)", programs("zarr-python"), re.M | re.S
-        )
         read = "read = lambda name, node: read_tensor(group, node)"
-        run_foreign(f"import numpy as np\n{opened}\n{function}\n{read}\n{CHECK}", folder)
+        run_foreign(definitions("zarr-python") + opened + read + CHECK, folder)
     finally:
         server.stop()
