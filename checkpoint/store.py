@@ -18,8 +18,8 @@ _SEGMENT = re.compile(r"[A-Za-z0-9._-]{1,255}")
 class StoreWriter(Protocol):
     """A new object that is written front to back; a context manager.
 
-    Fill ``space()`` and call ``advance(n)``, until ``finish()``. Nobody sees the object before that;
-    leaving the context without ``finish()`` leaves nothing behind.
+    Fill ``space()`` and call ``advance(n)``, until ``finish()``. Nobody sees it before
+    that; leaving the context without ``finish()`` leaves nothing behind.
     """
 
     def space(self) -> ByteArray:
@@ -91,7 +91,7 @@ class Store(Protocol):
         ...
 
     def writer(self, key: str, size_bytes: int) -> StoreWriter:
-        """Begin a large object of this size; raises FileExistsError, at ``finish`` at the latest."""
+        """Begin a large object; raises FileExistsError, at ``finish`` at the latest."""
         ...
 
     def settle(self, folders: Iterable[str]) -> None:
@@ -101,6 +101,32 @@ class Store(Protocol):
     def delete(self, key: str) -> None:
         """Remove an object, or everything below a folder; nothing there is success."""
         ...
+
+
+class Folder:
+    """A folder of a store, for reading."""
+
+    def __init__(self, store: Store, folder: str) -> None:
+        self.store, self.folder = store, check_key(folder)
+
+    def describe(self, name: str) -> str:
+        """The path or URL of an object of the folder."""
+        return self.store.describe(self._key(name))
+
+    def local_path(self, name: str) -> Path | None:
+        """See ``Store.local_path``."""
+        return self.store.local_path(self._key(name))
+
+    def size(self, name: str) -> int | None:
+        """See ``Store.size``."""
+        return self.store.size(self._key(name))
+
+    def read(self, name: str, offset: int, length: int) -> bytes:
+        """See ``Store.read``."""
+        return self.store.read(self._key(name), offset, length)
+
+    def _key(self, name: str) -> str:
+        return f"{self.folder}/{name}"
 
 
 def check_key(key: str, *, root: bool = False) -> str:

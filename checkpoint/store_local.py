@@ -6,7 +6,12 @@ import shutil
 from collections.abc import Iterable
 from pathlib import Path
 
-from everstep.checkpoint.direct_io import StreamWriter, create_whole, sync_directory
+from everstep.checkpoint.direct_io import (
+    StreamWriter,
+    create_whole,
+    make_directory,
+    sync_directory,
+)
 from everstep.checkpoint.store import check_key
 
 TEMPORARY_SUFFIX = ".tmp"
@@ -44,12 +49,16 @@ class LocalStore:
 
     def read(self, key: str, offset: int = 0, length: int | None = None) -> bytes:
         with (self.root / check_key(key)).open("rb") as file:
+            left = max(0, os.fstat(file.fileno()).st_size - offset)
             file.seek(offset)
-            return file.read(-1 if length is None else length)
+            return file.read(left if length is None else min(left, length))
 
     def put(self, key: str, data: bytes, *, settle: bool = True) -> None:
         path = self.root / check_key(key)
-        path.parent.mkdir(parents=True, exist_ok=True)
+        if settle:
+            make_directory(path.parent)
+        else:
+            path.parent.mkdir(parents=True, exist_ok=True)
         temporary = path.with_name(f"{path.name}.{os.urandom(4).hex()}{TEMPORARY_SUFFIX}")
         create_whole(path, data, temporary, settle=settle)
 

@@ -77,7 +77,16 @@ def test_what_is_put_is_there(store: Store) -> None:
 
 @pytest.mark.parametrize(
     ("offset", "length", "expected"),
-    [(0, None, b"0123456789"), (3, 4, b"3456"), (3, None, b"3456789"), (8, 5, b"89"), (4, 0, b"")],
+    [
+        (0, None, b"0123456789"),
+        (3, 4, b"3456"),
+        (3, None, b"3456789"),
+        (8, 5, b"89"),
+        (4, 0, b""),
+        (0, 3, b"012"),
+        (10, 4, b""),
+        (12, None, b""),
+    ],
 )
 def test_ranges_are_read(store: Store, offset: int, length: int | None, expected: bytes) -> None:
     store.put("a", b"0123456789")
@@ -127,9 +136,13 @@ def test_large_objects_are_streamed(store: Store, size: int) -> None:
 
 @pytest.mark.parametrize("size", [200, PART_BYTES + 5])
 def test_what_is_not_finished_is_not_there(store: Store, size: int) -> None:
-    with pytest.raises(KeyError), store.writer("step/pack", size) as out:
-        out.append(bytes(size))
-        raise KeyError
+    def break_off() -> None:
+        with store.writer("step/pack", size) as out:
+            out.append(bytes(size))
+            raise KeyError
+
+    with pytest.raises(KeyError):
+        break_off()
     assert store.size("step/pack") is None
     assert store.list("step") == []
     assert _write(store, "step/pack", bytes(150)) == 150
@@ -147,7 +160,7 @@ def test_objects_and_folders_are_deleted(store: Store) -> None:
     assert store.read("a/x/1") == b"again"
 
 
-@pytest.mark.parametrize("key", ["", "/etc/passwd", "../a", "a/../b", "a//b", "a/", ".", "a b", "ä"])
+@pytest.mark.parametrize("key", ["", "/etc", "../a", "a/../b", "a//b", "a/", ".", "a b", "ä"])
 def test_no_key_leaves_the_store(store: Store, key: str) -> None:
     acts: list[Callable[[], object]] = [
         lambda: store.size(key),
@@ -178,7 +191,7 @@ def test_paths_and_urls_are_opened(tmp_path: Path) -> None:
     memory = MemoryStore()
     assert open_store(memory) is memory
     assert open_store("memory://x/y").describe("a") == "memory://x/y/a"
-    with pytest.raises(CheckpointError, match="cannot be reached: .*nosuch"):
+    with pytest.raises(CheckpointError, match=r"cannot be reached: .*nosuch"):
         open_store("nosuch://x")
 
 

@@ -98,8 +98,11 @@ def test_parts_that_overlap_are_no_step(directory: CheckpointDirectory) -> None:
 
 def test_a_part_is_never_replaced(directory: CheckpointDirectory) -> None:
     part = _put_part(directory, StepId(1, 7), 0)
+    directory.put_part(part)  # a request sent twice
     with pytest.raises(FileExistsError):
-        directory.put_part(part)
+        directory.put_part(replace(part, context={"another": "attempt"}))
+    with pytest.raises(FileExistsError):
+        directory.put_failure(StepId(1, 7), 0, "no room")
 
 
 def test_generations_are_numbered_and_kept(directory: CheckpointDirectory) -> None:
