@@ -30,7 +30,8 @@ class Ballot:
     def write(self, step_id: StepId, write: Callable[[], None]) -> Outcome:
         """Write on every rank; all learn how it went, from the votes where messages fail.
 
-        A rank that fails votes, too: its part says why.
+        A rank that fails votes, too: its part says why. Those that wait for a rank in vain vote in
+        its place, so that it cannot come late: of all these votes the first one counts.
 
         Raises:
             SaveFailedError: a rank was not heard of in time.
@@ -47,7 +48,7 @@ class Ballot:
         try:
             return agree(self._collective, "written", vote)
         except CollectiveError as e:
-            causes = self._directory.missing(step_id, self._collective.world_size)
+            causes = self._directory.give_up(step_id, self._collective.world_size)
             lost = {self._collective.rank: describe(e)}
             raise SaveFailedError(step_id.step, causes or lost) from e
 
@@ -55,8 +56,16 @@ class Ballot:
         """Make the step exist, then delete what is no longer kept; on rank 0, the others wait.
 
         The result of rank 0 is the size of the checkpoint in bytes.
+
+        Raises:
+            CollectiveError: a rank was not heard of in time; the step is there all the same.
         """
-        return agree(self._collective, "committed", lambda: self._publish(step_id))
+        try:
+            return agree(self._collective, "committed", lambda: self._publish(step_id))
+        except CollectiveError:
+            # Rank 0 may be gone. All have voted, and whoever sees all votes may publish.
+            self._directory.commit(step_id, self._collective.world_size)
+            raise
 
     def discard(self, step_id: StepId) -> None:
         """Delete a failed save; what cannot be deleted now, the next attempt clears away."""

@@ -62,6 +62,7 @@ from everstep.checkpoint.votes import encode_failure, failure_in
 GRACE_S = 3600.0
 """How long a writer on a store without a lock may need to notice that it lost the directory."""
 READS_AT_ONCE = 16
+_TOO_LATE = "it did not say in time that its pack is durable (hung or lost?)"
 
 
 class CheckpointDirectory:
@@ -225,22 +226,36 @@ class CheckpointDirectory:
         return path
 
     def put_part(self, part: Part) -> None:
-        """Vote: the pack of this part is durable."""
+        """Vote: the pack of this part is durable.
+
+        Raises:
+            CheckpointError: the others have given this rank up.
+            FileExistsError: another attempt has voted.
+        """
         key = part_key(StepId(part.generation, part.step), part.rank)
-        put_once(self.store, key, encode_part(part), settle=False)
+        try:
+            put_once(self.store, key, encode_part(part), settle=False)
+        except FileExistsError:
+            if cause := self._failure(key):
+                raise CheckpointError(f"rank {part.rank} was given up: {cause}") from None
+            raise
 
     def put_failure(self, step_id: StepId, rank: int, cause: str) -> None:
         """Vote: this writer failed, and why."""
         put_once(self.store, part_key(step_id, rank), encode_failure(rank, cause), settle=False)
 
-    def missing(self, step_id: StepId, world_size: int) -> dict[int, str]:
-        """For each rank without a durable pack, why; for those who could not agree by messages."""
+    def give_up(self, step_id: StepId, world_size: int) -> dict[int, str]:
+        """Wait no longer: a rank that has not voted has failed; for each that has, why.
+
+        All who call it get the same answer, as far as ranks have not voted between their calls.
+        """
         causes = {}
         for rank in range(world_size):
             key = part_key(step_id, rank)
             if self.store.size(key) is None:
-                causes[rank] = "it did not say in time that its pack is durable (hung or lost?)"
-            elif cause := failure_in(read_record(self.store, key), self.store.describe(key)):
+                with contextlib.suppress(FileExistsError):  # it, or another one, was faster
+                    self.put_failure(step_id, rank, _TOO_LATE)
+            if cause := self._failure(key):
                 causes[rank] = cause
         return causes
 
@@ -318,6 +333,9 @@ class CheckpointDirectory:
                 self.delete(step_id)
                 gone.append(step_id)
         return gone
+
+    def _failure(self, key: str) -> str | None:
+        return failure_in(read_record(self.store, key), self.store.describe(key))
 
     def _parts(self, step_id: StepId, world_size: int) -> list[Part]:
         keys = [part_key(step_id, rank) for rank in range(world_size)]

@@ -10,6 +10,7 @@ import pytest
 
 from everstep.checkpoint.commit import CheckpointDirectory
 from everstep.checkpoint.errors import (
+    CheckpointError,
     LayoutError,
     ManifestError,
     SaveFailedError,
@@ -283,16 +284,24 @@ def test_a_record_is_made_again_from_a_manifest(directory: CheckpointDirectory, 
 def test_a_writer_that_failed_says_why(directory: CheckpointDirectory) -> None:
     step_id = StepId(1, 7)
     _put_part(directory, step_id, 0)
-    assert directory.missing(step_id, 2) == {
-        1: "it did not say in time that its pack is durable (hung or lost?)"
-    }
     directory.put_failure(step_id, 1, "No space left on device")
-    assert directory.missing(step_id, 2) == {1: "No space left on device"}
+    assert directory.give_up(step_id, 2) == {1: "No space left on device"}
     with pytest.raises(SaveFailedError, match="step 7 failed: rank 1: No space left") as caught:
         directory.commit(step_id, 2)
     assert caught.value.causes == {1: "No space left on device"}
     assert directory.committed() == []
     assert directory.collect_garbage() == [step_id]
+
+
+def test_a_writer_that_was_given_up_is_too_late(directory: CheckpointDirectory) -> None:
+    step_id = StepId(1, 7)
+    _put_part(directory, step_id, 0)
+    causes = {1: "it did not say in time that its pack is durable (hung or lost?)"}
+    assert directory.give_up(step_id, 2) == directory.give_up(step_id, 2) == causes
+    with pytest.raises(CheckpointError, match=r"rank 1 was given up: it did not say in time"):
+        _put_part(directory, step_id, 1)
+    with pytest.raises(SaveFailedError):
+        directory.commit(step_id, 2)
 
 
 def test_a_step_is_not_committed_with_other_content(directory: CheckpointDirectory) -> None:

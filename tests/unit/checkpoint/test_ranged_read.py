@@ -109,7 +109,9 @@ def test_everything_is_read_once_in_pieces(saved: Saved) -> None:
     reader.fill(
         [
             Request(
-                s.name, s.whole, StridedBytes(targets[s.name], 0, dense_strides(s.shape, s.item_bytes))
+                s.name,
+                s.whole,
+                StridedBytes(targets[s.name], 0, dense_strides(s.shape, s.item_bytes)),
             )
             for s in SPECS
         ],
