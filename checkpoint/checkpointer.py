@@ -16,6 +16,7 @@ import torch
 from everstep.checkpoint.ballot import Ballot
 from everstep.checkpoint.collective import (
     Collective,
+    Outcome,
     SingleProcess,
     agree,
     on_rank0,
@@ -41,9 +42,10 @@ from everstep.checkpoint.torch_layout import LiveTensor, live_tensor
 from everstep.checkpoint.torch_load import (
     RNG_PREFIX,
     Selection,
-    load_into,
+    fill_together,
     prepare_load,
     selection,
+    tensors_to_fill,
 )
 from everstep.checkpoint.torch_rng import derive_rng, rng_states, set_rng_states
 from everstep.checkpoint.torch_state import State, objects_of, optimizer_of, tensors_of
@@ -231,12 +233,7 @@ class Checkpointer:
                 stack.enter_context(self._directory.held(step_id))
             done = agree(self._collective, "prepared", prepare)
             if not done.causes:
-                marks = done.results
-                done = agree(
-                    self._collective,
-                    "loaded",
-                    lambda: self._read(step_id, stored[0], state, marks, wanted, on_bytes),
-                )
+                done = self._read(step_id, stored[0], state, done.results, wanted, on_bytes)
         if done.causes:
             others = [s for s in steps if s != step_id.step]
             raise LoadFailedError(step_id.step, done.causes, others) from done.error
@@ -340,28 +337,31 @@ class Checkpointer:
         marks: Sequence[str],
         wanted: Selection,
         on_bytes: Callable[[int], None] | None,
-    ) -> tuple[int, bool]:
-        rng = self._live_rng() if "rng" in wanted.kinds else {}
-        specs = {t.spec for t in manifest.tensors.values()}
-        same = dict(manifest.mesh) == self._mesh and all(
-            t.fragment.spec in specs for t in rng.values()
-        )
-        with self._directory.reader(step_id, manifest, threads=self._threads) as reader:
-            load_into(
-                state,
-                manifest,
-                reader,
-                wanted=wanted,
-                marks=marks,
-                rng=rng if same else {},
-                where=self._directory.describe(step_id),
-                on_bytes=on_bytes,
+    ) -> Outcome:
+        """Each rank's result: the size of the checkpoint, whether its generators were restored."""
+        rng: dict[str, LiveTensor] = {}
+
+        def tensors() -> list[LiveTensor]:
+            live = self._live_rng() if "rng" in wanted.kinds else {}
+            specs = {t.spec for t in manifest.tensors.values()}
+            if dict(manifest.mesh) == self._mesh and all(
+                t.fragment.spec in specs for t in live.values()
+            ):
+                rng.update(live)
+            where = self._directory.describe(step_id)
+            return tensors_to_fill(
+                state, manifest, wanted=wanted, marks=marks, rng=rng, where=where
             )
-        if rng and same:
-            set_rng_states({name: t.local for name, t in rng.items()})
-        elif rng:
-            derive_rng(self._seed, step_id.step, self._coordinate)
-        return manifest.size_bytes, bool(rng) and same
+
+        def finish() -> tuple[int, bool]:
+            if rng:
+                set_rng_states({name: t.local for name, t in rng.items()})
+            elif "rng" in wanted.kinds:
+                derive_rng(self._seed, step_id.step, self._coordinate)
+            return manifest.size_bytes, bool(rng)
+
+        with self._directory.reader(step_id, manifest, threads=self._threads) as reader:
+            return fill_together(self._collective, reader, tensors, finish, on_bytes)
 
     def __enter__(self) -> "Checkpointer":
         return self
