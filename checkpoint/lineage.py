@@ -33,6 +33,8 @@ class Generation:
     created_s: float
     """Seconds since the epoch."""
     mesh: Mapping[str, int]
+    owner: str = ""
+    """Who began it, for people; no two attempts have the same."""
 
 
 def encode_generation(generation: Generation) -> bytes:
@@ -46,6 +48,7 @@ def encode_generation(generation: Generation) -> bytes:
             "fork_step": generation.fork_step,
             "created_s": generation.created_s,
             "mesh": dict(generation.mesh),
+            "owner": generation.owner,
         },
     )
 
@@ -54,7 +57,7 @@ def decode_generation(data: bytes, path: Path | str) -> Generation:
     """Inverse of ``encode_generation``; raises ManifestError and its kinds."""
     m = decode_record(data, "everstep_generation", GENERATION_VERSION, path)
     number, parent, fork = m.get("number"), m.get("parent"), m.get("fork_step")
-    created_s, mesh = m.get("created_s"), m.get("mesh")
+    created_s, mesh, owner = m.get("created_s"), m.get("mesh"), m.setdefault("owner", "")
     good = (
         m.keys() >= {f.name for f in fields(Generation)}
         and _natural(number)
@@ -63,6 +66,7 @@ def decode_generation(data: bytes, path: Path | str) -> Generation:
         and type(created_s) is float
         and isinstance(mesh, dict)
         and all(map(_natural, mesh.values()))
+        and isinstance(owner, str)
     )
     if not good:
         raise ManifestError(path, "its content is not a generation")
@@ -75,6 +79,11 @@ def first_generation() -> Generation:
     A parent has a smaller number, so that the first generation has none.
     """
     return Generation(number=1, parent=None, fork_step=None, created_s=0.0, mesh={})
+
+
+def generation_from(number: int, parent: int | None, fork_step: int | None) -> Generation:
+    """What a lost record said of lineage, told by a manifest of that generation."""
+    return Generation(number=number, parent=parent, fork_step=fork_step, created_s=0.0, mesh={})
 
 
 def _natural(value: object) -> bool:

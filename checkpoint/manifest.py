@@ -45,8 +45,8 @@ class Part:
     pack: PackRecord
     fragments: tuple[Fragment, ...]
     context: Mapping[str, Any]
-    """From rank 0: 'mesh', 'producer' and 'objects' (JSON-able state); from it and every other rank
-    that is the first to hold its parameters: 'optimizer', the part of that object that it has."""
+    """From rank 0: 'mesh', 'producer', 'lineage' and 'objects' (JSON-able state); from it and every
+    other rank that is the first to hold its parameters: 'optimizer', the part of it that it has."""
 
 
 class Lineage(NamedTuple):
@@ -123,12 +123,8 @@ class Manifest:
         return tuple(PackIndex(tuple(f)) for f in held)
 
 
-def build_manifest(parts: Sequence[Part], lineage: Lineage | None = None) -> Manifest:
-    """Combine the parts of all writers.
-
-    Args:
-        parts: of all ranks, in any order.
-        lineage: what their generation inherits.
+def build_manifest(parts: Sequence[Part]) -> Manifest:
+    """Combine the parts of all writers, in any order.
 
     Raises:
         LayoutError: the fragments do not cover each tensor exactly once, or ranks disagree.
@@ -150,7 +146,9 @@ def build_manifest(parts: Sequence[Part], lineage: Lineage | None = None) -> Man
         objects={**optimizer, **context["objects"]},
         packs=tuple(p.pack for p in ordered),
         tensors=_stored([p.fragments for p in ordered]),
-        lineage=lineage,
+        lineage=_decode_lineage(context["lineage"], ordered[0].generation)
+        if "lineage" in context
+        else None,
     )
 
 

@@ -13,6 +13,7 @@ import torch.distributed as dist
 from everstep.checkpoint.checkpointer import Checkpointer, StepInfo
 from everstep.checkpoint.collective import Collective, on_rank0
 from everstep.checkpoint.errors import CheckpointError
+from everstep.checkpoint.stores import is_url
 from everstep.checkpoint.torch_collective import ProcessGroupCollective
 from everstep.checkpoint.torch_rng import derive_rng
 from everstep.trainer.commands import RESUBMIT_VARIABLE
@@ -23,7 +24,7 @@ from everstep.trainer.data.prefetch import BatchStream, prefetched
 from everstep.trainer.device import prepare_device
 from everstep.trainer.engine import TorchEngine
 from everstep.trainer.init_from import init_from
-from everstep.trainer.loop import Run, Say, train
+from everstep.trainer.loop import Run, Say, train, transfer_teller
 from everstep.trainer.mesh_shape import (
     MeshShape,
     check_config,
@@ -100,7 +101,7 @@ def _run(
     source = TrainStream(corpus, config.data, config.seed, dp_rank, shape.dp)
     with (
         Checkpointer(
-            run_dir / "checkpoints",
+            checkpoint_place(run_dir, config.checkpoint.directory),
             keep=config.checkpoint.keep,
             collective=collective,
             mesh={axis: getattr(shape, axis) for axis in coordinate},
@@ -151,6 +152,13 @@ def _run(
         say("summary", lines=summarise(run, run_dir, nproc, sample, spec.launch, submitted))
         say("done", step=run.done_steps)
         return EXIT_DONE
+
+
+def checkpoint_place(run_dir: Path, directory: str | None) -> Path | str:
+    """Where a run keeps its checkpoints, from ``checkpoint.directory``."""
+    if directory is None:
+        return run_dir / "checkpoints"
+    return directory if is_url(directory) else run_dir / directory
 
 
 def _choose_device(config: RunConfig, spec: RankSpec) -> torch.device:
@@ -241,7 +249,8 @@ def _resume(
         return None
     step = None if spec.resume == "auto" else int(spec.resume)
     steps = checkpointer.steps()
-    checkpointer.load(engine.state(stream), step)
+    told = transfer_teller(say, "loading a checkpoint")
+    checkpointer.load(engine.state(stream), step, on_bytes=told)
     info = checkpointer.loaded
     if info is not None:
         engine.follow_config()
