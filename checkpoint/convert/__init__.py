@@ -1,0 +1,1 @@
+"""Conversion between checkpoints of everstep and other formats."""
