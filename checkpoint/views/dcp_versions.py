@@ -15,10 +15,10 @@ import contextlib
 import fcntl
 import os
 import warnings
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+import weakref
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import IO
 
 from everstep.checkpoint.collective import describe
 from everstep.checkpoint.commit import CheckpointDirectory
@@ -49,18 +49,12 @@ class SupersededError(CheckpointError):
         )
 
 
-@dataclass(frozen=True)
 class HeldVersion:
-    """A committed step that is not deleted for as long as this object is open."""
+    """A committed step that no save deletes until ``close``, or until this object is collected."""
 
-    step_id: StepId
-    path: Path
-    manifest: Manifest
-    _held: IO[bytes]
-
-    def close(self) -> None:
-        """Let go; may be called twice. A version that is collected lets go, too."""
-        self._held.close()
+    def __init__(self, step_id: StepId, path: Path, manifest: Manifest, descriptor: int) -> None:
+        self.step_id, self.path, self.manifest = step_id, path, manifest
+        self.close: Callable[[], object] = weakref.finalize(self, os.close, descriptor)
 
 
 def local_path(path: str | os.PathLike[str]) -> Path:
@@ -149,19 +143,19 @@ def hold(root: Path, step: int | None = None) -> HeldVersion:
     for tries_left in reversed(range(_TRIES)):
         try:
             step_id = directory.find(step)
-            held = None if step_id is None else _hold(directory.step_path(step_id))
+            descriptor = -1 if step_id is None else _lock(directory.step_path(step_id))
         except (FileNotFoundError, ManifestError):  # replaced meanwhile, if it is not damaged
             if tries_left:
                 continue
             raise
-        if step_id is None or held is None:
+        if step_id is None:
             break
         try:
             manifest = directory.manifest(step_id)
         except BaseException:
-            held.close()
+            os.close(descriptor)
             raise
-        return HeldVersion(step_id, directory.step_path(step_id), manifest, held)
+        return HeldVersion(step_id, directory.step_path(step_id), manifest, descriptor)
     raise CheckpointError(
         f"{root} holds no checkpoint: give the path that one was saved to, or the checkpoint "
         "directory of a run"
@@ -174,22 +168,21 @@ def _taken(root: Path) -> bool:
     return any(path.exists() for path in foreign) or bool(CheckpointDirectory(root).committed())
 
 
-def _hold(path: Path) -> IO[bytes]:
-    """A shared lock of a manifest that is still there when it is taken."""
-    file = (path / _MANIFEST).open("rb")
+def _lock(path: Path) -> int:
+    """A descriptor that holds a shared lock of a manifest, which is still there by then."""
+    descriptor = os.open(path / _MANIFEST, os.O_RDONLY | os.O_CLOEXEC)
     try:
-        fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except BlockingIOError:  # it is about to be deleted
-        file.close()
-        raise FileNotFoundError(str(path / _MANIFEST)) from None
-    except OSError:  # a file system without locks: reading needs none
-        pass
-    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:  # it is about to be deleted
+            raise FileNotFoundError(str(path / _MANIFEST)) from None
+        except OSError:  # a file system without locks: reading needs none
+            pass
         os.stat(path / _MANIFEST)
     except BaseException:
-        file.close()
+        os.close(descriptor)
         raise
-    return file
+    return descriptor
 
 
 def _delete_older(directory: CheckpointDirectory, current: StepId) -> None:
