@@ -12,13 +12,14 @@ here unpickles these.
 """
 
 import json
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from everstep.checkpoint.errors import ManifestError, StateError
-from everstep.checkpoint.layout import TensorSpec
+from everstep.checkpoint.layout import Fragment, TensorSpec
 from everstep.checkpoint.manifest import Manifest
 from everstep.checkpoint.plain_json import Json, from_json, to_json
 
@@ -126,6 +127,22 @@ def _check_indexes(paths: Mapping[Any, Any]) -> None:
         for index in path if isinstance(path, tuple) else ():
             if type(index) is int and not 0 <= index < MAX_INDEX:
                 raise ValueError(f"a path has the index {index}")
+
+
+def spread(fragments: Iterable[Fragment]) -> list[list[Fragment]]:
+    """Fragments in as few lists as there may be packs, at least one, for a manifest to be valid.
+
+    No two boxes of a tensor share a pack: a tensor has at most as many cells as there are packs.
+    """
+    packs: list[list[Fragment]] = [[]]
+    seen: Counter[str] = Counter()
+    for fragment in fragments:
+        number = seen[fragment.spec.name]
+        if number == len(packs):
+            packs.append([])
+        packs[number].append(fragment)
+        seen[fragment.spec.name] += 1
+    return packs
 
 
 def plain_value(contents: Contents, name: str, where: Path | str) -> Any:

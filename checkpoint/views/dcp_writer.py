@@ -1,8 +1,9 @@
 """The writing half of the storage for torch DCP: one pack per rank, committed by the coordinator.
 
-Every rank writes one pack, even an empty one, to ``incoming``; where it writes does not depend on
-the plan, since a planner that caches its plans keeps what storage has put into them. What a rank
-has written travels with DCP's own exchange to the coordinator, which makes the manifest of it.
+Every rank writes one pack, even an empty one (more where it has several boxes of one tensor), to
+``incoming``; where it writes does not depend on the plan, since a planner that caches its plans
+keeps what storage has put into them. What a rank has written travels with DCP's own exchange to the
+coordinator, which makes the manifest of it.
 """
 
 import io
@@ -36,7 +37,7 @@ from everstep.checkpoint.pack import PackRecord, StridedBytes, plan_pack, write_
 from everstep.checkpoint.plain_json import Json
 from everstep.checkpoint.torch_layout import DTYPE_NAMES, live_tensor, strided_bytes
 from everstep.checkpoint.views import dcp_versions
-from everstep.checkpoint.views.dcp_contents import dcp_objects, plain_form
+from everstep.checkpoint.views.dcp_contents import dcp_objects, plain_form, spread
 from everstep.checkpoint.views.dcp_planner import check_write
 from everstep.checkpoint.views.dcp_versions import local_path
 
@@ -45,8 +46,7 @@ from everstep.checkpoint.views.dcp_versions import local_path
 class _Written:
     """What one rank tells the coordinator."""
 
-    pack: PackRecord
-    fragments: tuple[Fragment, ...]
+    packs: tuple[tuple[PackRecord, tuple[Fragment, ...]], ...]
     plain: Mapping[str, Json]
     raw: tuple[str, ...]
 
@@ -136,17 +136,18 @@ class StorageWriter(storage.StorageWriter):
             },
             "objects": dcp_objects(plain, raw, metadata.planner_data),
         }
+        packs = [pack for rank in written for pack in rank.packs]
         parts = [
             Part(
                 generation=0,
                 step=0,
-                rank=rank,
-                world_size=len(written),
-                pack=w.pack,
-                fragments=w.fragments,
-                context=context if rank == 0 else {},
+                rank=number,
+                world_size=len(packs),
+                pack=record,
+                fragments=fragments,
+                context={} if number else context,
             )
-            for rank, w in enumerate(written)
+            for number, (record, fragments) in enumerate(packs)
         ]
         dcp_versions.commit(self._path, parts)
 
@@ -167,14 +168,17 @@ class StorageWriter(storage.StorageWriter):
             results.append(WriteResult(item.index, size_bytes, None))
         folder = self._path / dcp_versions.INCOMING
         make_directory(folder)
-        pack = plan_pack(self._rank, sources)
-        record = write_pack(
-            folder / f"rank-{self._rank:05d}-{os.urandom(4).hex()}.safetensors",
-            pack,
-            lambda fragment: _source(fragment, sources[fragment], planner),
-            threads=self._threads,
-        )
-        told = _Written(pack=record, fragments=pack.fragments, plain=plain, raw=tuple(raw))
+        packs = []
+        for fragments in spread(sources):
+            pack = plan_pack(self._rank, fragments)
+            record = write_pack(
+                folder / f"rank-{self._rank:05d}-{os.urandom(4).hex()}.safetensors",
+                pack,
+                lambda fragment: _source(fragment, sources[fragment], planner),
+                threads=self._threads,
+            )
+            packs.append((record, pack.fragments))
+        told = _Written(packs=tuple(packs), plain=plain, raw=tuple(raw))
         return [*results, WriteResult(MetadataIndex(""), 0, told)]
 
     def _take_bytes(

@@ -14,7 +14,12 @@ import torch
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner, DefaultSavePlanner
-from torch.distributed.checkpoint.metadata import BytesStorageMetadata, TensorStorageMetadata
+from torch.distributed.checkpoint.metadata import (
+    BytesStorageMetadata,
+    ChunkStorageMetadata,
+    MetadataIndex,
+    TensorStorageMetadata,
+)
 from torch.distributed.checkpoint.planner import WriteItemType
 from torch.distributed.checkpoint.state_dict_loader import _load_state_dict_from_keys
 
@@ -226,6 +231,38 @@ def test_custom_planners(tmp_path: Path) -> None:
     _save(tmp_path / "told", state, planner=TellingPlanner())
     told = StorageReader(tmp_path / "told").read_metadata()
     assert told.planner_data == ["rank 0 was here", (1, 2)]
+
+
+class CuttingPlanner(DefaultSavePlanner):
+    """Saves each row of every matrix as a chunk of its own."""
+
+    def create_local_plan(self) -> Any:
+        plan = super().create_local_plan()
+        items = []
+        for item in plan.items:
+            size = item.tensor_data.size
+            for row in range(size[0]):
+                chunk = ChunkStorageMetadata(torch.Size((row, 0)), torch.Size((1, size[1])))
+                items.append(
+                    replace(
+                        item,
+                        type=WriteItemType.SHARD,
+                        index=MetadataIndex(item.index.fqn, chunk.offsets),
+                        tensor_data=replace(item.tensor_data, chunk=chunk),
+                    )
+                )
+        return replace(plan, items=items)
+
+    def resolve_data(self, write_item: Any) -> Any:
+        row = write_item.index.offset[0]
+        return self.state_dict[write_item.index.fqn][row : row + 1]
+
+
+def test_a_rank_with_several_boxes_of_a_tensor(tmp_path: Path) -> None:
+    state = {"x": torch.randn(5, 3), "y": torch.randn(2, 4)}
+    _save(tmp_path, state, planner=CuttingPlanner())
+    assert _same(_everything(tmp_path), state)
+    assert len(list(tmp_path.rglob("rank-*"))) == 5
 
 
 def test_a_planner_that_caches_its_plans(tmp_path: Path) -> None:
