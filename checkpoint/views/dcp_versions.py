@@ -8,7 +8,7 @@
 A save that begins supersedes every other to the path that has not ended: it deletes their packs, so
 that at most one of them commits what it wrote and none can commit a part. The newest committed step
 counts; older ones are deleted after a commit, except while a reader holds them. The presence of
-``incoming`` tells this use of a directory from a run's own, whose steps are never deleted.
+``incoming`` tells this use of a directory from a run's own, whose steps are never replaced.
 """
 
 import contextlib
@@ -26,7 +26,9 @@ from everstep.checkpoint.direct_io import make_directory
 from everstep.checkpoint.errors import CheckpointError, ManifestError
 from everstep.checkpoint.lineage import StepId
 from everstep.checkpoint.lock import DirectoryLock
-from everstep.checkpoint.manifest import Manifest, Part
+from everstep.checkpoint.manifest import MANIFEST_VERSION, Manifest, Part
+from everstep.checkpoint.records import decode_record, read_bytes
+from everstep.checkpoint.views.dcp_contents import OBJECT
 
 INCOMING = "incoming"
 _MANIFEST = "manifest.json"
@@ -75,7 +77,7 @@ def begin(root: Path) -> None:
         DirectoryInUseError: a save is being committed there, or a run writes there.
         OSError: as the file system reports it.
     """
-    if not (root / INCOMING).is_dir() and _taken(root):
+    if _taken(root):
         raise CheckpointError(
             f"{root} holds the checkpoints of a run, or one that another writer of DCP wrote: a "
             "save would replace it; choose another path, or remove it first"
@@ -164,8 +166,20 @@ def hold(root: Path, step: int | None = None) -> HeldVersion:
 
 def _taken(root: Path) -> bool:
     """Whether there are checkpoints here that no save to this path has made."""
-    foreign = (root / name for name in ("generations", ".metadata"))
-    return any(path.exists() for path in foreign) or bool(CheckpointDirectory(root).committed())
+    if not (root / INCOMING).is_dir():
+        return any((root / name).exists() for name in ("generations", ".metadata"))
+    directory = CheckpointDirectory(root)
+    return any(not _ours(directory.step_path(s) / _MANIFEST) for s in directory.committed())
+
+
+def _ours(path: Path) -> bool:
+    """Whether a version may be replaced: it was saved through DCP, or is damaged."""
+    try:
+        members = decode_record(read_bytes(path), "everstep_manifest", MANIFEST_VERSION, path)
+    except ManifestError:
+        return True
+    objects = members.get("objects")
+    return isinstance(objects, dict) and OBJECT in objects
 
 
 def _lock(path: Path) -> int:

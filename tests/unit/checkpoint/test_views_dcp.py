@@ -351,7 +351,11 @@ def test_what_a_save_must_not_replace(tmp_path: Path) -> None:
     with Checkpointer(tmp_path / "run") as run:
         run.save(0, tiny_state())
     dcp.save({"x": torch.ones(1)}, checkpoint_id=tmp_path / "plain", no_dist=True)
-    for path in (tmp_path / "run", tmp_path / "plain"):
+    _save(tmp_path / "mixed", _state())
+    with Checkpointer(tmp_path / "mixed") as run:
+        run._parent = CheckpointDirectory(tmp_path / "mixed").find(None)
+        run.save(7, tiny_state())
+    for path in (tmp_path / "run", tmp_path / "plain", tmp_path / "mixed"):
         before = sorted(path.rglob("*"))
         with pytest.raises(CheckpointException, match="choose another path"):
             _save(path, _state())
@@ -389,6 +393,17 @@ def test_damage_is_found(tmp_path: Path) -> None:
     with pytest.raises(CheckpointException) as info:
         _load(tmp_path, {"x": torch.zeros(3)})
     assert isinstance(_cause(info), PackHeaderError)
+
+
+def test_a_damaged_checkpoint_can_be_replaced(tmp_path: Path) -> None:
+    _save(tmp_path, {"x": torch.ones(3)})
+    [manifest] = tmp_path.rglob("manifest.json")
+    manifest.write_bytes(manifest.read_bytes()[:-9])
+    with pytest.raises(CheckpointException) as info:
+        _load(tmp_path, {"x": torch.zeros(3)})
+    assert "cut short" in str(info.value)
+    _save(tmp_path, {"x": torch.ones(3)})
+    assert _everything(tmp_path)["x"].sum() == 3
 
 
 def test_a_run_is_read_by_dcp(tmp_path: Path) -> None:
