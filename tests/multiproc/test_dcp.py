@@ -14,7 +14,11 @@ import torch.distributed.checkpoint as dcp
 from torch import nn
 from torch.distributed._shard.sharded_tensor import init_from_local_shards
 from torch.distributed._shard.sharded_tensor.api import Shard as LocalShard
-from torch.distributed.checkpoint import _async_process_executor
+from torch.distributed.checkpoint import (
+    FileSystemReader,
+    FileSystemWriter,
+    _async_process_executor,
+)
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
@@ -27,6 +31,12 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Shard
 
+from everstep.checkpoint.checkpointer import Checkpointer
+from everstep.checkpoint.convert.dcp import export_dcp, import_dcp
+from everstep.checkpoint.lineage import StepId
+from everstep.checkpoint.step_reader import StepReader
+from everstep.checkpoint.torch_collective import ProcessGroupCollective
+from everstep.checkpoint.torch_state import State
 from everstep.checkpoint.views import dcp_versions, dcp_writer
 from everstep.checkpoint.views.dcp import LoadPlanner, SavePlanner, StorageReader, StorageWriter
 from tests.support.spawn import RankError, run_ranks
@@ -43,57 +53,66 @@ class Uneven(nn.Module):
     def __init__(self, n: int, tp: Any) -> None:
         super().__init__()
         for name, dim in (("columns", 0), ("rows", 1)):
-            whole = torch.arange(float(n * n)).reshape(n, n)
-            if tp is not None:
-                pieces = whole.chunk(tp.size(), dim)
-                mine = tp.get_local_rank()
-                local = pieces[mine] if mine < len(pieces) else whole.narrow(dim, 0, 0)
-                whole = DTensor.from_local(
-                    local.contiguous(),
-                    tp,
-                    [Shard(dim)],
-                    run_check=False,
-                    shape=whole.shape,
-                    stride=whole.stride(),
-                )
-            self.register_parameter(name, nn.Parameter(whole))
+            whole, mine = _numbered(n), tp.get_local_rank()
+            pieces = whole.chunk(tp.size(), dim)
+            local = pieces[mine] if mine < len(pieces) else whole.narrow(dim, 0, 0)
+            sharded = DTensor.from_local(
+                local.contiguous(),
+                tp,
+                [Shard(dim)],
+                run_check=False,
+                shape=whole.shape,
+                stride=whole.stride(),
+            )
+            self.register_parameter(name, nn.Parameter(sharded))
 
 
 def _numbered(n: int) -> torch.Tensor:
     return torch.arange(float(n * n)).reshape(n, n)
 
 
-def _uneven(rank: int, world_size: int, path: str, n: int, tp_size: int, save: bool) -> list[str]:
+def _uneven(
+    rank: int, world_size: int, root: str, sizes: tuple[int, ...], tp_size: int, save: bool
+) -> list[str]:
     """Save, or load into zeros and compare; what DCP's own planner says of it."""
     mesh = init_device_mesh("cpu", (world_size // tp_size, tp_size), mesh_dim_names=("dp", "tp"))
-    model = Uneven(n, mesh["tp"])
-    fully_shard(model, mesh=mesh["dp"])
-    state = model.state_dict()
-    if save:
-        refused = []
-        try:
-            dcp.save(state, storage_writer=StorageWriter(path))
-        except CheckpointException as e:
-            refused = [str(cause[0]) for cause in e.failures.values()]
-        dcp.save(state, storage_writer=StorageWriter(path), planner=SavePlanner())
-        return refused
-    for tensor in state.values():
-        tensor.to_local().zero_()
-    dcp.load(state, storage_reader=StorageReader(path), planner=LoadPlanner())
-    for tensor in state.values():
-        assert torch.equal(tensor.full_tensor(), _numbered(n))
-    return []
+    refused = []
+    for n in sizes:
+        path = f"{root}/{n}"
+        model = Uneven(n, mesh["tp"])
+        fully_shard(model, mesh=mesh["dp"])
+        state = model.state_dict()
+        if save:
+            try:
+                dcp.save(state, storage_writer=StorageWriter(path))
+            except CheckpointException as e:
+                refused += [str(cause[0]) for cause in e.failures.values()]
+            dcp.save(state, storage_writer=StorageWriter(path), planner=SavePlanner())
+            continue
+        shards = {name: tensor.to_local().clone() for name, tensor in state.items()}
+        for tensor in state.values():
+            tensor.to_local().zero_()
+        dcp.load(state, storage_reader=StorageReader(path), planner=LoadPlanner())
+        for name, shard in shards.items():
+            assert torch.equal(state[name].to_local(), shard), (n, name)
+    return refused
 
 
-@pytest.mark.parametrize("n", [13, pytest.param(7, marks=pytest.mark.slow)])
-def test_uneven_tensor_parallelism(tmp_path: Path, n: int) -> None:
-    """DCP's planner refuses 13 rows on dp3 x tp2, and mis-saves 7; ours keep both right."""
-    path = str(tmp_path / "c")
-    assert any(run_ranks(_uneven, 6, path, n, 2, True))
-    run_ranks(_uneven, 2, path, n, 2, False)
-    run_ranks(_uneven, 3, path, n, 1, False)
-    found = _load_state_dict_from_keys(storage_reader=StorageReader(path))
-    assert torch.equal(found["rows"], _numbered(n))
+def test_uneven_tensor_parallelism(tmp_path: Path) -> None:
+    """DCP's planner refuses 13 rows on dp3 x tp2, and would mis-save 7; ours keep both right."""
+    refused = run_ranks(_uneven, 6, str(tmp_path), (13, 7), 2, True)[0]
+    assert any("overlapping" in text for text in refused)
+    run_ranks(_uneven, 2, str(tmp_path), (13, 7), 2, False)
+    found = _load_state_dict_from_keys(storage_reader=StorageReader(tmp_path / "7"))
+    assert torch.equal(found["rows"], _numbered(7))
+
+
+@pytest.mark.slow
+def test_many_uneven_sizes(tmp_path: Path) -> None:
+    sizes = (1, 2, 3, 5, 10, 13, 64, 101)
+    run_ranks(_uneven, 8, str(tmp_path), sizes, 2, True)
+    for ranks, tp in ((8, 2), (6, 2), (3, 1), (3, 3)):
+        run_ranks(_uneven, ranks, str(tmp_path), sizes, tp, False)
 
 
 def _trained(world_size: int, shards: int, seed: int, steps: int) -> tuple[nn.Module, Any]:
@@ -119,20 +138,21 @@ def _full(state: Any) -> Any:
     return state
 
 
-def _train_and_save(rank: int, world_size: int, path: str, shards: int) -> Any:
+def _train_and_save(rank: int, world_size: int, path: str, shards: int, ours: bool) -> Any:
     model, optimizer = _trained(world_size, shards, 1, 2)
     states = dict(zip(("model", "optimizer"), get_state_dict(model, optimizer), strict=True))
-    dcp.save({**states, "epoch": 3, "mask": {1, 2}}, storage_writer=StorageWriter(path))
+    writer = (StorageWriter if ours else FileSystemWriter)(path)
+    dcp.save({**states, "epoch": 3, "mask": {1, 2}}, storage_writer=writer)
     return _full(states)
 
 
-def _load_trained(rank: int, world_size: int, path: str, shards: int) -> Any:
+def _load_trained(rank: int, world_size: int, path: str, shards: int, ours: bool) -> Any:
     model, optimizer = _trained(world_size, shards, 0, 1)
     states: dict[str, Any] = dict(
         zip(("model", "optimizer"), get_state_dict(model, optimizer), strict=True)
     )
     states |= {"epoch": 0, "mask": None}
-    dcp.load(states, storage_reader=StorageReader(path))
+    dcp.load(states, storage_reader=(StorageReader if ours else FileSystemReader)(path))
     assert (states.pop("epoch"), states.pop("mask")) == (3, {1, 2})
     set_state_dict(
         model, optimizer, model_state_dict=states["model"], optim_state_dict=states["optimizer"]
@@ -143,10 +163,46 @@ def _load_trained(rank: int, world_size: int, path: str, shards: int) -> Any:
 
 def test_a_run_of_another_trainer_moves_from_four_ranks_to_two(tmp_path: Path) -> None:
     """HSDP 2 x 2 to FSDP2 on 2; model and optimizer as DCP users hold them."""
-    saved = run_ranks(_train_and_save, 4, str(tmp_path / "c"), 2)
-    loaded = run_ranks(_load_trained, 2, str(tmp_path / "c"), 2)
+    saved = run_ranks(_train_and_save, 4, str(tmp_path / "c"), 2, True)
+    loaded = run_ranks(_load_trained, 2, str(tmp_path / "c"), 2, True)
     assert saved[0]["optimizer"]["state"]
     assert all(found == saved[0] for found in (*saved, *loaded))
+
+
+@pytest.mark.slow
+def test_a_plain_checkpoint_of_four_ranks_goes_through_our_format_to_two(tmp_path: Path) -> None:
+    saved = run_ranks(_train_and_save, 4, str(tmp_path / "plain"), 2, False)
+    import_dcp(tmp_path / "plain", tmp_path / "ours")
+    ours = run_ranks(_load_trained, 2, str(tmp_path / "ours"), 2, True)
+    directory = dcp_versions.CheckpointDirectory(tmp_path / "ours")
+    with StepReader(directory.step_path(StepId(1, 0)), directory.manifest(StepId(1, 0))) as reader:
+        assert len(reader.manifest.packs) > 1
+        export_dcp(reader, tmp_path / "back", piece_bytes=50)
+    back = run_ranks(_load_trained, 2, str(tmp_path / "back"), 2, False)
+    assert all(found == saved[0] for found in (*saved, *ours, *back))
+
+
+def _run_saves(rank: int, world_size: int, path: str) -> Any:
+    model, optimizer = _trained(world_size, world_size, 1, 2)
+    with Checkpointer(path, collective=ProcessGroupCollective()) as run:
+        run.save(5, State(model=model, optimizer=optimizer))
+    return _full(model.state_dict())
+
+
+def _dcp_loads(rank: int, world_size: int, path: str) -> Any:
+    model, _ = _trained(world_size, world_size, 0, 0)
+    state: dict[str, Any] = {"model": model.state_dict()}
+    dcp.load(state, storage_reader=StorageReader(path))
+    moment = "optimizer.2.weight.exp_avg"
+    found = {moment: torch.zeros(3, 7)}
+    dcp.load(found, storage_reader=StorageReader(path))
+    assert found[moment].any()
+    return _full(model.state_dict())
+
+
+def test_a_run_of_ours_is_loaded_by_dcp_on_other_ranks(tmp_path: Path) -> None:
+    saved = run_ranks(_run_saves, 3, str(tmp_path / "run"))
+    assert run_ranks(_dcp_loads, 2, str(tmp_path / "run")) == saved[:2]
 
 
 def _sharded_tensor(rank: int, world_size: int, path: str) -> None:
