@@ -32,7 +32,7 @@ from torch.distributed.checkpoint.metadata import (
 
 from everstep.checkpoint.commit import CheckpointDirectory
 from everstep.checkpoint.convert.dcp_source import METADATA, DcpSource, check_stored
-from everstep.checkpoint.direct_io import make_directory, publish, sync_directory
+from everstep.checkpoint.direct_io import create_whole, make_directory, sync_directory
 from everstep.checkpoint.errors import CheckpointError
 from everstep.checkpoint.layout import Fragment, TensorSpec
 from everstep.checkpoint.lineage import StepId
@@ -175,7 +175,7 @@ def export_dcp(
         described.storage_meta = StorageMeta()
         described.version = CURRENT_DCP_VERSION
         sync_directory(folder)
-        publish(folder / METADATA, pickle.dumps(described), folder / f"{METADATA}.tmp")
+        create_whole(folder / METADATA, pickle.dumps(described), folder / f"{METADATA}.tmp")
     except BaseException:
         for file in folder.iterdir():
             file.unlink()

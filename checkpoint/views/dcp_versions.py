@@ -27,11 +27,11 @@ from everstep.checkpoint.errors import CheckpointError, ManifestError
 from everstep.checkpoint.lineage import StepId
 from everstep.checkpoint.lock import DirectoryLock
 from everstep.checkpoint.manifest import MANIFEST_VERSION, Manifest, Part
-from everstep.checkpoint.records import decode_record, read_bytes
+from everstep.checkpoint.records import decode_record, read_record
+from everstep.checkpoint.step_keys import MANIFEST, manifest_key
 from everstep.checkpoint.views.dcp_contents import OBJECT
 
 INCOMING = "incoming"
-_MANIFEST = "manifest.json"
 _TRIES = 10
 """A reader looks again when the version that it has found is replaced under its hands."""
 
@@ -169,13 +169,15 @@ def _taken(root: Path) -> bool:
     if not (root / INCOMING).is_dir():
         return any((root / name).exists() for name in ("generations", ".metadata"))
     directory = CheckpointDirectory(root)
-    return any(not _ours(directory.step_path(s) / _MANIFEST) for s in directory.committed())
+    return any(not _ours(directory, step_id) for step_id in directory.committed())
 
 
-def _ours(path: Path) -> bool:
+def _ours(directory: CheckpointDirectory, step_id: StepId) -> bool:
     """Whether a version may be replaced: it was saved through DCP, or is damaged."""
+    path = directory.step_path(step_id) / MANIFEST
     try:
-        members = decode_record(read_bytes(path), "everstep_manifest", MANIFEST_VERSION, path)
+        data = read_record(directory.store, manifest_key(step_id))
+        members = decode_record(data, "everstep_manifest", MANIFEST_VERSION, path)
     except ManifestError:
         return True
     objects = members.get("objects")
@@ -184,15 +186,15 @@ def _ours(path: Path) -> bool:
 
 def _lock(path: Path) -> int:
     """A descriptor that holds a shared lock of a manifest, which is still there by then."""
-    descriptor = os.open(path / _MANIFEST, os.O_RDONLY | os.O_CLOEXEC)
+    descriptor = os.open(path / MANIFEST, os.O_RDONLY | os.O_CLOEXEC)
     try:
         try:
             fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
         except BlockingIOError:  # it is about to be deleted
-            raise FileNotFoundError(str(path / _MANIFEST)) from None
+            raise FileNotFoundError(str(path / MANIFEST)) from None
         except OSError:  # a file system without locks: reading needs none
             pass
-        os.stat(path / _MANIFEST)
+        os.stat(path / MANIFEST)
     except BaseException:
         os.close(descriptor)
         raise
@@ -203,7 +205,7 @@ def _delete_older(directory: CheckpointDirectory, current: StepId) -> None:
     """Delete the versions that nobody reads, then the generations that have none left."""
     for step_id in directory.committed():
         if step_id != current:
-            manifest = directory.step_path(step_id) / _MANIFEST
+            manifest = directory.step_path(step_id) / MANIFEST
             with manifest.open("r+b") as file:
                 try:
                     fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
