@@ -185,8 +185,9 @@ def check_boxes(shape: Sequence[int], boxes: Sequence[Box]) -> None:
     whole = Box((0,) * len(shape), tuple(shape))
     if not boxes:
         raise ValueError("nothing of it is held")
-    begins = np.array([b.offset for b in (*boxes, whole)], np.int64).reshape(-1, len(shape))
-    ends = begins + np.array([b.shape for b in (*boxes, whole)], np.int64).reshape(begins.shape)
+    count = len(boxes) + 1, len(shape)
+    begins = np.array([b.offset for b in (*boxes, whole)], np.int64).reshape(count)
+    ends = begins + np.array([b.shape for b in (*boxes, whole)], np.int64).reshape(count)
     if (ends > ends[-1]).any() or (begins < 0).any():
         raise ValueError("a box leaves the tensor")
     cut = np.flatnonzero(((begins > 0) | (ends < ends[-1])).any(axis=0)).tolist()

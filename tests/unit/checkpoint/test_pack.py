@@ -27,6 +27,8 @@ from everstep.checkpoint.pack import (
 )
 from everstep.checkpoint.torch_layout import DTYPES, strided_bytes
 
+pytestmark = pytest.mark.filterwarnings("ignore:ComplexHalf support is experimental:UserWarning")
+
 Tensors = dict[Fragment, torch.Tensor]
 
 
