@@ -226,10 +226,8 @@ def _boxes(draw: st.DrawFn) -> tuple[tuple[int, ...], list[Box]]:
     if draw(st.booleans()):
         number = draw(st.integers(0, len(boxes) - 1))
         offset = tuple(draw(st.integers(0, n - 1)) for n in shape)
-        wrong = Box(
-            offset, tuple(draw(st.integers(1, n - o)) for n, o in zip(shape, offset, strict=True))
-        )
-        boxes[number] = wrong
+        room = [n - o for n, o in zip(shape, offset, strict=True)]
+        boxes[number] = Box(offset, tuple(draw(st.integers(1, n)) for n in room))
     return shape, draw(st.permutations(boxes))
 
 
