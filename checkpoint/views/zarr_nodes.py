@@ -95,7 +95,7 @@ def _tensor_nodes(
 ) -> Iterator[ArrayNode | GroupNode]:
     spec, kind = tensor.spec, zarr_type(tensor.spec.dtype, known)
     attributes: dict[str, Any] = {"everstep_dtype": spec.dtype}
-    grid = _as_grid(tensor.layout)
+    grid = _as_grid(spec.shape, tensor.layout)
     regular = None
     if grid is not None:
         regular = regular_chunking(grid, places, spec, file_sizes)
@@ -130,16 +130,16 @@ def _tensor_nodes(
     yield GroupNode(path, group_metadata(attributes))
 
 
-def _as_grid(layout: Layout) -> Grid | None:
+def _as_grid(shape: tuple[int, ...], layout: Layout) -> Grid | None:
     """The grid of boxes that cells are, if they are: flat ranges can be whole rows."""
     if isinstance(layout, Grid):
         return layout
-    if isinstance(layout, FlatRanges):
-        row = math.prod(layout.shape[1:])
-        if all(bound % row == 0 for bound in layout.bounds):
-            rows = tuple(bound // row for bound in layout.bounds)
-            bounds = (rows, *((0, n) for n in layout.shape[1:]))
-            return Grid(bounds[: len(layout.shape)])
+    row = math.prod(shape[1:])
+    if not layout.n_cells:
+        return Grid(tuple((0, n) if n else (0,) for n in shape))
+    if isinstance(layout, FlatRanges) and all(bound % row == 0 for bound in layout.bounds):
+        bounds = (tuple(bound // row for bound in layout.bounds), *((0, n) for n in shape[1:]))
+        return Grid(bounds[: len(shape)])
     return None
 
 
