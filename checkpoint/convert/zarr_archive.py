@@ -75,13 +75,14 @@ def export_zarr(
     problems = [p for t in source.tensors.values() if (p := _problem(t)) is not None]
     if problems:
         raise ConversionError(str(reader.step_path), problems)
+    shard_bytes = block_bytes(budget_bytes) // 2  # TensorStore has copies of those in flight
     manifest = reader.manifest
     attributes = {"step": manifest.step, "producer": dict(manifest.producer)}
     group = {"zarr_format": 3, "node_type": "group", "attributes": attributes}
     with new_target(target) as folder:
         folder.mkdir()
         for tensor in source.tensors.values():
-            _write_array(folder, source, tensor, level, block_bytes(budget_bytes), written)
+            _write_array(folder, source, tensor, level, shard_bytes, written)
         write_durable(folder / "zarr.json", json.dumps(group).encode())
     return written.total
 
