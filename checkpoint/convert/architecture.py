@@ -108,8 +108,8 @@ def from_objects(objects: Mapping[str, Any], where: str) -> Architecture:
         )
     if found["kind"] != KIND:
         raise CheckpointError(
-            f"{where} is of a model of its own (model.factory), which Hugging Face's classes do "
-            "not know: export it as safetensors, torch or zarr instead"
+            f"{where} is of a model of its own (model.factory), not of the built-in Llama: export "
+            "it as safetensors, torch or zarr, or use it with the same model.factory"
         )
     values = {f.name: found.get(f.name) for f in fields(Architecture)}
     return _checked(values, where)
