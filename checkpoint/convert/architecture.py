@@ -108,8 +108,8 @@ def from_objects(objects: Mapping[str, Any], where: str) -> Architecture:
         )
     if found["kind"] != KIND:
         raise CheckpointError(
-            f"{where} is of a model of its own (model.factory), which Hugging Face's classes do "
-            "not know: export it as safetensors, torch or zarr instead"
+            f"{where} is of a model of its own (model.factory), not of the built-in Llama: export "
+            "it as safetensors, torch or zarr, or use it with the same model.factory"
         )
     values = {f.name: found.get(f.name) for f in fields(Architecture)}
     return _checked(values, where)
@@ -172,7 +172,8 @@ def _checked(values: Mapping[str, Any], where: str) -> Architecture:
         kind = kinds.get(name, int)
         if kind is float and type(value) is int:
             value = found[name] = float(value)
-        if type(value) is not kind or (kind is not bool and not float(value) > 0):
+        fits = type(value) is kind
+        if not fits or (kind is not bool and not value > 0):
             expected = "true or false" if kind is bool else f"a positive {kind.__name__}"
             raise CheckpointError(
                 f"{where}: {_HF_NAMES[name]} (our {name}) is {value!r}, expected {expected}"

@@ -38,9 +38,13 @@ def encode(values: NDArray[Any], dtype: str) -> NDArray[np.uint8]:
             return np.ascontiguousarray(values, _NUMPY[dtype]).view(np.uint8)
         single = np.ascontiguousarray(values, "<f4")
     bits = single.view("<u4")
-    rounded = ((bits + (0x7FFF + ((bits >> 16) & 1)).astype("<u4")) >> 16).astype("<u2")
+    rounded = bits >> 16
+    rounded &= 1  # a tie goes to the even neighbour
+    rounded += 0x7FFF
+    rounded += bits
+    rounded >>= 16
     rounded[np.isnan(single)] = 0x7FC0
-    data: NDArray[np.uint8] = rounded.view(np.uint8)
+    data: NDArray[np.uint8] = rounded.astype("<u2").view(np.uint8)
     return data
 
 

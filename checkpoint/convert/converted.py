@@ -57,9 +57,7 @@ class Converted:
         self, piece: Piece, source_dtype: str, dtype: str, name: str, target: StridedBytes
     ) -> None:
         for box in blocks(piece.box, ITEM_BYTES[source_dtype], SCRATCH_BYTES):
-            part = piece.within(box)
-            assert part is not None
-            data = self._combined(part, source_dtype, name)
+            data = self._combined(piece.at(box), source_dtype, name)
             if dtype != source_dtype:
                 data = encode(decode(data, source_dtype), dtype)
             inside = box.relative_to(piece.box)

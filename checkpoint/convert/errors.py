@@ -21,9 +21,10 @@ class ConversionError(CheckpointError):
     def __str__(self) -> str:
         more = len(self.problems) - _SHOWN
         rest = f"; and {more} more" if more > 0 else ""
+        problems = "; ".join(self.problems[:_SHOWN])
         return (
-            f"{self.where} cannot be converted: {'; '.join(self.problems[:_SHOWN])}{rest}: correct "
-            "the conversion spec, or give it what it names; nothing was written"
+            f"{self.where} cannot be converted: {problems}{rest}: add what is missing, and let the "
+            "conversion spec drop what is too much; nothing was written"
         )
 
 
@@ -63,7 +64,10 @@ class ArchitectureError(CheckpointError):
         self.where, self.differences = where, list(differences)
 
     def __str__(self) -> str:
-        return f"{self.where} describes another model: {'; '.join(self.differences)}"
+        return (
+            f"{self.where} describes another model: {'; '.join(self.differences)}: only "
+            "model.factory can train such a model"
+        )
 
 
 class SafetensorsError(DamagedError):

@@ -65,9 +65,9 @@ def export_hf(
         TargetExistsError: the target is taken.
         DamagedError: a pack is not what the manifest says.
     """
-    where = str(reader.step_path)
-    architecture = from_objects(reader.manifest.objects, where)
     source = StepSource(reader)
+    where = source.where
+    architecture = from_objects(reader.manifest.objects, where)
     embedding = source.tensors.get("model.model.embed_tokens.weight")
     dtype = dtype or (embedding.dtype if embedding else "F32")
     plan = plan_extract(

@@ -28,7 +28,7 @@ Form = Literal["safetensors", "checkpoint"]
 def selected(reader: StepReader, what: What, dtype: str | None) -> Converted:
     """Some of a step's tensors, renamed and cast; a ``Source``. Raises ConversionError."""
     source = StepSource(reader)
-    plan = plan_extract(load_spec(what), source.tensors, where=str(reader.step_path))
+    plan = plan_extract(load_spec(what), source.tensors, where=source.where)
     return Converted(with_dtype(plan, dtype), source)
 
 

@@ -153,17 +153,15 @@ class SafetensorsSource:
             self._owners[name] = (file, inner)
 
 
-def _files_of(path: Path) -> dict[Path, set[str] | None]:
+def _files_of(path: Path) -> Mapping[Path, set[str] | None]:
     """The files that make a source, each with the tensors that it must have (None: any)."""
     if path.is_file():
         return {path: None}
     index = path / INDEX_NAME
     if index.is_file():
-        found: dict[Path, set[str] | None] = {}
+        found: dict[Path, set[str]] = {}
         for name, file in _read_index(index).items():
-            names = found.setdefault(path / file, set())
-            assert names is not None
-            names.add(name)
+            found.setdefault(path / file, set()).add(name)
         for file_path in found:
             if not file_path.is_file():
                 raise SafetensorsError(file_path, f"the file is missing, {INDEX_NAME} names it")

@@ -8,7 +8,7 @@ from everstep.checkpoint.errors import CheckpointError
 from everstep.checkpoint.layout import Box, TensorSpec
 from everstep.checkpoint.manifest import decode_manifest
 from everstep.checkpoint.pack import StridedBytes
-from everstep.checkpoint.records import read_bytes
+from everstep.checkpoint.records import MAX_RECORD_BYTES
 from everstep.checkpoint.step_reader import StepReader
 
 _MANIFEST = "manifest.json"
@@ -23,6 +23,12 @@ class StepSource:
             name: stored.spec for name, stored in reader.manifest.tensors.items()
         }
 
+    @property
+    def where(self) -> str:
+        """What it is, for messages; wherever it is."""
+        manifest = self._reader.manifest
+        return f"the checkpoint of step {manifest.step}, generation {manifest.generation},"
+
     def fill(self, name: str, wanted: Box, target: StridedBytes) -> None:
         """See ``Source``."""
         self._reader.fill(name, wanted, target)
@@ -35,8 +41,9 @@ def open_step(path: Path, *, threads: int = 1) -> StepReader:
         CheckpointError: there is no committed checkpoint, or its manifest is damaged.
     """
     if (path / _MANIFEST).is_file():
-        manifest = decode_manifest(read_bytes(path / _MANIFEST), path / _MANIFEST)
-        return StepReader(path, manifest, threads=threads)
+        with (path / _MANIFEST).open("rb") as file:
+            data = file.read(MAX_RECORD_BYTES)
+        return StepReader(path, decode_manifest(data, path / _MANIFEST), threads=threads)
     directory = CheckpointDirectory(path / "checkpoints" if is_run(path) else path)
     step_id = directory.find(None)
     if step_id is None:

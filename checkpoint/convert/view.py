@@ -38,15 +38,17 @@ class Piece:
 
     def within(self, box: Box) -> "Piece | None":
         """The part of this piece that lies in ``box``; None where the two share no item."""
-        common = self.box.intersect(box) if self.box.size else None
-        if common is None:
-            return None
-        inside = common.relative_to(self.box)
+        common = self.box.intersect(box)
+        return None if common is None else self.at(common)
+
+    def at(self, box: Box) -> "Piece":
+        """One box of this piece."""
+        inside = box.relative_to(self.box)
         places = tuple(
             replace(p, offset=p.offset + sum(i * s for i, s in zip(inside, p.strides, strict=True)))
             for p in self.places
         )
-        return replace(self, box=common, places=places)
+        return replace(self, box=box, places=places)
 
 
 @dataclass(frozen=True)

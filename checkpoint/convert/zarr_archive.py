@@ -27,6 +27,7 @@ from everstep.checkpoint.convert.atomic import (
 from everstep.checkpoint.convert.errors import ConversionError
 from everstep.checkpoint.convert.plain import What, selected
 from everstep.checkpoint.convert.source import Source, read_box
+from everstep.checkpoint.convert.step_source import StepSource
 from everstep.checkpoint.direct_io import write_durable
 from everstep.checkpoint.layout import Box, TensorSpec
 from everstep.checkpoint.step_reader import StepReader
@@ -74,14 +75,15 @@ def export_zarr(
     source, written = selected(reader, what, dtype), ByteCount(on_bytes)
     problems = [p for t in source.tensors.values() if (p := _problem(t)) is not None]
     if problems:
-        raise ConversionError(str(reader.step_path), problems)
+        raise ConversionError(StepSource(reader).where, problems)
+    shard_bytes = block_bytes(budget_bytes) // 2  # TensorStore has copies of those in flight
     manifest = reader.manifest
     attributes = {"step": manifest.step, "producer": dict(manifest.producer)}
     group = {"zarr_format": 3, "node_type": "group", "attributes": attributes}
     with new_target(target) as folder:
         folder.mkdir()
         for tensor in source.tensors.values():
-            _write_array(folder, source, tensor, level, block_bytes(budget_bytes), written)
+            _write_array(folder, source, tensor, level, shard_bytes, written)
         write_durable(folder / "zarr.json", json.dumps(group).encode())
     return written.total
 

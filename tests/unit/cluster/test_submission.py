@@ -136,11 +136,12 @@ def test_the_supervisor_waits_longer_than_the_run_may_take_to_stop() -> None:
 def test_relative_inputs_are_found() -> None:
     text = (
         "train: {steps: 5}\ndata: {source: [text/*.txt, /shared/x, ~/y, 's3://b/z', stdlib], "
-        "tokenizer: tok.json}"
+        "tokenizer: tok.json}\nmodel: {init_from: hf}"
     )
     assert submission.relative_inputs(parse_config(text, "test")) == [
         ("data.source", "text/*.txt"),
         ("data.tokenizer", "tok.json"),
+        ("model.init_from", "hf"),
     ]
     assert submission.relative_inputs(parse_config("train: {steps: 5}", "test")) == []
 

@@ -1,5 +1,6 @@
 """Exports to one file and conversions by a spec: what is read back, what is never left behind."""
 
+import tracemalloc
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -83,6 +84,40 @@ def test_everything_in_another_dtype(step: Path, tmp_path: Path, model: nn.Modul
     for name, value in model.state_dict().items():
         expected = value.bfloat16() if value.is_floating_point() else value
         assert torch.equal(found[f"model.{name}"], expected)
+
+
+def test_buffers_keep_to_the_budget(tmp_path: Path) -> None:
+    model = nn.ModuleList(nn.Linear(1000, 1500) for _ in range(3))  # 6 MB each
+    with Checkpointer(tmp_path / "c") as checkpointer:
+        checkpointer.save(0, State(model=model))
+
+    def peak_bytes(action: Callable[[], object]) -> int:
+        tracemalloc.start()
+        try:
+            action()
+            return tracemalloc.get_traced_memory()[1]
+        finally:
+            tracemalloc.stop()
+
+    with open_step(tmp_path / "c") as reader:
+        reader.read("model.0.bias")  # the manifest's tables
+        for name, export, dtype in (
+            ("a", export_safetensors, None),
+            ("b", export_safetensors, "BF16"),
+            ("c.pt", export_torch, "BF16"),
+        ):
+            target = tmp_path / name
+            export(reader, target.with_suffix(".warm"))
+            used = peak_bytes(
+                lambda e=export, t=target, d=dtype: e(reader, t, dtype=d, budget_bytes=2 * MIB)
+            )
+            assert used < 2 * MIB, name
+    used = peak_bytes(
+        lambda: convert(
+            "everything", tmp_path / "a", tmp_path / "d", form="checkpoint", budget_bytes=4 * MIB
+        )
+    )
+    assert used < 4 * MIB  # cut into packs of rows
 
 
 def test_a_target_that_exists_is_left_alone(step: Path, tmp_path: Path) -> None:

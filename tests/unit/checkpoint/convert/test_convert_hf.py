@@ -2,9 +2,12 @@
 
 import json
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -47,29 +50,48 @@ def saved(root: Path, config: RunConfig, model: Llama) -> Path:
         return Path(checkpointer.save(3, state).path)
 
 
-@pytest.mark.parametrize("tie", [False, True])
-def test_transformers_computes_the_same_logits(tmp_path: Path, tie: bool) -> None:
-    transformers = pytest.importorskip("transformers")
-    config = config_of(tie_embeddings=tie)
-    model = model_of(config)
-    with open_step(saved(tmp_path / "c", config, model)) as reader:
-        export_hf(reader, tmp_path / "hf", max_shard_bytes=200_000, budget_bytes=MIB)
-    assert len(list((tmp_path / "hf").glob("model-*-of-*.safetensors"))) > 2
-    theirs, loading = transformers.LlamaForCausalLM.from_pretrained(
-        tmp_path / "hf", output_loading_info=True
+THEIR_PROGRAM = """
+import sys
+sys.modules["everstep"] = None  # cannot be imported
+import numpy, torch, transformers
+tokens_BL = torch.arange(64).reshape(2, 32)
+for folder in sys.argv[1:]:
+    model, loading = transformers.LlamaForCausalLM.from_pretrained(
+        folder, output_loading_info=True
     )
-    assert not any(loading.values())
-    tokens_BL = torch.randint(0, VOCAB, (2, 32))
+    assert not any(loading.values()), loading
+    assert model.dtype == torch.float32
     with torch.no_grad():
-        torch.testing.assert_close(theirs(tokens_BL).logits, model(tokens_BL), rtol=1e-5, atol=1e-5)
-    theirs.bfloat16().save_pretrained(tmp_path / "theirs")
+        numpy.save(folder + ".npy", model(tokens_BL).logits.numpy())
+    model.bfloat16().save_pretrained(folder + ".theirs")
+"""
 
-    step = import_hf(tmp_path / "theirs", tmp_path / "back", budget_bytes=MIB)
-    with open_step(step) as reader:
-        export_hf(reader, tmp_path / "again")
-    again = load_file(tmp_path / "again" / "model.safetensors")
-    for name, parameter in model.named_parameters():
-        assert torch.equal(again[name], parameter.bfloat16().float())
+
+@pytest.mark.timeout(240)
+def test_transformers_computes_the_same_logits(tmp_path: Path) -> None:
+    models = {}
+    for tie in (False, True):
+        config = config_of(tie_embeddings=tie)
+        folder = tmp_path / f"tied-{tie}"
+        models[folder] = model_of(config)
+        with open_step(saved(tmp_path / f"c-{tie}", config, models[folder])) as reader:
+            export_hf(reader, folder, max_shard_bytes=200_000, budget_bytes=MIB)
+        assert len(list(folder.glob("model-*-of-*.safetensors"))) > 2
+    command = [sys.executable, "-c", THEIR_PROGRAM, *map(str, models)]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0, done.stderr
+    for folder, model in models.items():
+        theirs = torch.from_numpy(np.load(f"{folder}.npy"))
+        with torch.no_grad():
+            ours = model(torch.arange(64).reshape(2, 32))
+        torch.testing.assert_close(theirs, ours, rtol=1e-5, atol=1e-5)
+
+        step = import_hf(Path(f"{folder}.theirs"), Path(f"{folder}.back"), budget_bytes=MIB)
+        with open_step(step) as reader:
+            export_hf(reader, Path(f"{folder}.again"))
+        again = load_file(Path(f"{folder}.again") / "model.safetensors")
+        for name, parameter in model.named_parameters():
+            assert torch.equal(again[name], parameter.bfloat16().float())
 
 
 def test_one_shard_has_no_index_and_a_dtype_can_be_chosen(tmp_path: Path) -> None:

@@ -5,18 +5,17 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import tensorstore
 import torch
+import zarr
 from torch import nn
 
 from everstep.checkpoint.checkpointer import Checkpointer
+from everstep.checkpoint.convert import zarr_archive as archive
 from everstep.checkpoint.convert.errors import ConversionError, TargetExistsError
 from everstep.checkpoint.convert.step_source import open_step
 from everstep.checkpoint.layout import TensorSpec
 from everstep.checkpoint.torch_state import State
-
-zarr = pytest.importorskip("zarr")
-tensorstore = pytest.importorskip("tensorstore")
-archive = pytest.importorskip("everstep.checkpoint.convert.zarr_archive")
 
 MIB = 2**20
 
