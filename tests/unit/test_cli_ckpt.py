@@ -138,7 +138,9 @@ def test_ls_tells_damage_and_lists_the_rest(run: Path, ckpt: Ckpt) -> None:
 
 
 def test_ls_without_a_lineage_lists_all_that_is_committed(run: Path, ckpt: Ckpt) -> None:
-    spoil(run / "checkpoints" / "generations" / "00002.json")
+    directory = CheckpointDirectory(run / "checkpoints")
+    directory.create_generation(StepId(2, 40), {"rank": 1})
+    spoil(run / "checkpoints" / "generations" / "00003.json")
     found = ckpt.json("ls", run, code=1)
     assert [(s["step"], s["in_lineage"]) for s in found["steps"]] == [
         (10, None),
@@ -146,8 +148,8 @@ def test_ls_without_a_lineage_lists_all_that_is_committed(run: Path, ckpt: Ckpt)
         (30, None),
         (40, None),
     ]
-    assert "00002.json is damaged" in found["problem"]
-    assert "00002.json is damaged" in ckpt.errors
+    assert "00003.json is damaged" in found["problem"]
+    assert "00003.json is damaged" in ckpt.errors
     ckpt("gc", run, code=1)
     assert "nothing is deleted while" in ckpt.errors
     assert ckpt("verify", manifest_of(run, StepId(1, 30)).parent)
