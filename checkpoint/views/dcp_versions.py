@@ -26,8 +26,7 @@ from everstep.checkpoint.direct_io import make_directory
 from everstep.checkpoint.errors import CheckpointError, ManifestError
 from everstep.checkpoint.lineage import StepId
 from everstep.checkpoint.lock import DirectoryLock
-from everstep.checkpoint.manifest import MANIFEST_VERSION, Manifest, Part
-from everstep.checkpoint.records import decode_record, read_bytes
+from everstep.checkpoint.manifest import Manifest, Part
 from everstep.checkpoint.views.dcp_contents import OBJECT
 
 INCOMING = "incoming"
@@ -169,17 +168,15 @@ def _taken(root: Path) -> bool:
     if not (root / INCOMING).is_dir():
         return any((root / name).exists() for name in ("generations", ".metadata"))
     directory = CheckpointDirectory(root)
-    return any(not _ours(directory.step_path(s) / _MANIFEST) for s in directory.committed())
+    return any(not _ours(directory, step_id) for step_id in directory.committed())
 
 
-def _ours(path: Path) -> bool:
+def _ours(directory: CheckpointDirectory, step_id: StepId) -> bool:
     """Whether a version may be replaced: it was saved through DCP, or is damaged."""
     try:
-        members = decode_record(read_bytes(path), "everstep_manifest", MANIFEST_VERSION, path)
+        return OBJECT in directory.manifest(step_id).objects
     except ManifestError:
         return True
-    objects = members.get("objects")
-    return isinstance(objects, dict) and OBJECT in objects
 
 
 def _lock(path: Path) -> int:
@@ -209,6 +206,8 @@ def _delete_older(directory: CheckpointDirectory, current: StepId) -> None:
                     fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 except BlockingIOError:
                     continue
+                except OSError:  # a file system without locks: readers hold none either
+                    pass
                 directory.delete(step_id)
     needed = {step_id.generation for step_id in directory.committed()}
     for record in (directory.root / "generations").glob("*.json"):
