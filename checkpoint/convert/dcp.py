@@ -32,7 +32,7 @@ from torch.distributed.checkpoint.metadata import (
 
 from everstep.checkpoint.commit import CheckpointDirectory
 from everstep.checkpoint.convert.dcp_source import METADATA, DcpSource, check_stored
-from everstep.checkpoint.direct_io import create_whole, make_directory, sync_directory
+from everstep.checkpoint.direct_io import make_directory, sync_directory, write_durable
 from everstep.checkpoint.errors import CheckpointError
 from everstep.checkpoint.layout import Fragment, TensorSpec
 from everstep.checkpoint.lineage import StepId
@@ -174,8 +174,10 @@ def export_dcp(
         described.storage_data = files.places
         described.storage_meta = StorageMeta()
         described.version = CURRENT_DCP_VERSION
+        write_durable(folder / f"{METADATA}.tmp", pickle.dumps(described))
         sync_directory(folder)
-        create_whole(folder / METADATA, pickle.dumps(described), folder / f"{METADATA}.tmp")
+        (folder / f"{METADATA}.tmp").rename(folder / METADATA)
+        sync_directory(folder)
     except BaseException:
         for file in folder.iterdir():
             file.unlink()

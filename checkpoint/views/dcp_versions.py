@@ -26,12 +26,11 @@ from everstep.checkpoint.direct_io import make_directory
 from everstep.checkpoint.errors import CheckpointError, ManifestError
 from everstep.checkpoint.lineage import StepId
 from everstep.checkpoint.lock import DirectoryLock
-from everstep.checkpoint.manifest import MANIFEST_VERSION, Manifest, Part
-from everstep.checkpoint.records import decode_record, read_record
-from everstep.checkpoint.step_keys import MANIFEST, manifest_key
+from everstep.checkpoint.manifest import Manifest, Part
 from everstep.checkpoint.views.dcp_contents import OBJECT
 
 INCOMING = "incoming"
+_MANIFEST = "manifest.json"
 _TRIES = 10
 """A reader looks again when the version that it has found is replaced under its hands."""
 
@@ -174,27 +173,23 @@ def _taken(root: Path) -> bool:
 
 def _ours(directory: CheckpointDirectory, step_id: StepId) -> bool:
     """Whether a version may be replaced: it was saved through DCP, or is damaged."""
-    path = directory.step_path(step_id) / MANIFEST
     try:
-        data = read_record(directory.store, manifest_key(step_id))
-        members = decode_record(data, "everstep_manifest", MANIFEST_VERSION, path)
+        return OBJECT in directory.manifest(step_id).objects
     except ManifestError:
         return True
-    objects = members.get("objects")
-    return isinstance(objects, dict) and OBJECT in objects
 
 
 def _lock(path: Path) -> int:
     """A descriptor that holds a shared lock of a manifest, which is still there by then."""
-    descriptor = os.open(path / MANIFEST, os.O_RDONLY | os.O_CLOEXEC)
+    descriptor = os.open(path / _MANIFEST, os.O_RDONLY | os.O_CLOEXEC)
     try:
         try:
             fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
         except BlockingIOError:  # it is about to be deleted
-            raise FileNotFoundError(str(path / MANIFEST)) from None
+            raise FileNotFoundError(str(path / _MANIFEST)) from None
         except OSError:  # a file system without locks: reading needs none
             pass
-        os.stat(path / MANIFEST)
+        os.stat(path / _MANIFEST)
     except BaseException:
         os.close(descriptor)
         raise
@@ -205,12 +200,14 @@ def _delete_older(directory: CheckpointDirectory, current: StepId) -> None:
     """Delete the versions that nobody reads, then the generations that have none left."""
     for step_id in directory.committed():
         if step_id != current:
-            manifest = directory.step_path(step_id) / MANIFEST
+            manifest = directory.step_path(step_id) / _MANIFEST
             with manifest.open("r+b") as file:
                 try:
                     fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 except BlockingIOError:
                     continue
+                except OSError:  # a file system without locks: readers hold none either
+                    pass
                 directory.delete(step_id)
     needed = {step_id.generation for step_id in directory.committed()}
     for record in (directory.root / "generations").glob("*.json"):
