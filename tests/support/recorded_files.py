@@ -2,8 +2,8 @@
 
 What was done is a list of operations. ``replay`` makes of a prefix of it what a file system may
 show that promises only what POSIX does: bytes are sure to stay once their file was synced, names
-once their folder was. Everything else may be there or not: with a power cut in mind, each file whose bytes
-were not synced may be whole, empty or cut, and each name that was not synced old or new.
+once their folder was. Everything else may be there or not: after a power cut, files whose bytes
+were not synced may be whole, empty or cut, and names that were not synced old or new.
 """
 
 import os
