@@ -48,7 +48,15 @@ from everstep.checkpoint.torch_load import (
     tensors_to_fill,
 )
 from everstep.checkpoint.torch_rng import derive_rng, rng_states, set_rng_states
-from everstep.checkpoint.torch_state import State, objects_of, optimizer_of, tensors_of
+from everstep.checkpoint.torch_state import (
+    State,
+    load_objects,
+    object_destinations,
+    object_tensors,
+    objects_of,
+    optimizer_of,
+    tensors_of,
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -282,7 +290,8 @@ class Checkpointer:
 
     def _capture(self, state: State) -> dict[Fragment, LiveTensor]:
         """What this rank holds; an empty shard of a tensor is nothing, an empty tensor is."""
-        found = [*tensors_of(state).values(), *self._live_rng().values()]
+        of_objects = object_tensors(state)
+        found = [*tensors_of(state).values(), *of_objects.values(), *self._live_rng().values()]
         return {
             t.fragment: t for t in found if t.fragment.box.size or not t.fragment.spec.size_bytes
         }
@@ -340,20 +349,24 @@ class Checkpointer:
     ) -> Outcome:
         """Each rank's result: the size of the checkpoint, whether its generators were restored."""
         rng: dict[str, LiveTensor] = {}
+        fresh: dict[str, torch.Tensor] = {}
+        where = self._directory.describe(step_id)
+        mine, objects = wanted.state(state), wanted.objects(manifest)
 
         def tensors() -> list[LiveTensor]:
+            specs = {n: t.spec for n, t in manifest.tensors.items()}
             live = self._live_rng() if "rng" in wanted.kinds else {}
-            specs = {t.spec for t in manifest.tensors.values()}
             if dict(manifest.mesh) == self._mesh and all(
-                t.fragment.spec in specs for t in live.values()
+                t.fragment.spec == specs.get(t.fragment.spec.name) for t in live.values()
             ):
                 rng.update(live)
-            where = self._directory.describe(step_id)
-            return tensors_to_fill(
-                state, manifest, wanted=wanted, marks=marks, rng=rng, where=where
-            )
+            fresh.update(object_destinations(mine, objects, specs, where))
+            found = tensors_to_fill(state, manifest, wanted=wanted, marks=marks, where=where)
+            of_objects = [live_tensor(name, tensor) for name, tensor in fresh.items()]
+            return [*found, *of_objects, *rng.values()]
 
         def finish() -> tuple[int, bool]:
+            load_objects(mine, objects, where, fresh)
             if rng:
                 set_rng_states({name: t.local for name, t in rng.items()})
             elif "rng" in wanted.kinds:

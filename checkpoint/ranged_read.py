@@ -61,13 +61,10 @@ class RangedReader:
         found: dict[int, list[Piece]] = {}
         for number, request in enumerate(requests):
             stored = self.manifest.tensors[request.name]
-            for copy in plan_load(stored.grid, stored.packs, request.box):
-                index = self.manifest.pack_indexes[copy.pack]
-                start, _ = index.starts[request.name, copy.cell.offset]
+            starts, item_bytes = self.manifest.starts(request.name), stored.spec.item_bytes
+            for copy in plan_load(stored.layout, stored.packs, starts, item_bytes, request.box):
                 found.setdefault(copy.pack, []).extend(
-                    pieces_of(
-                        number, start, copy.cell, copy.box, stored.spec.item_bytes, BLOCK_BYTES
-                    )
+                    pieces_of(number, copy.start, copy.cell, copy.box, item_bytes, BLOCK_BYTES)
                 )
         for pieces in found.values():
             pieces.sort(key=lambda p: (p.end, p.begin))

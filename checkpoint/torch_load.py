@@ -1,6 +1,6 @@
 """Loading: which parts of a checkpoint are wanted, and how they get into the live state."""
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,7 +15,7 @@ from everstep.checkpoint.shared_read import Peers, SharedRead
 from everstep.checkpoint.step_reader import StepReader
 from everstep.checkpoint.torch_io import fill_tensors, host_requests
 from everstep.checkpoint.torch_layout import LiveTensor
-from everstep.checkpoint.torch_state import State, load_objects, materialise_optimizer, tensors_of
+from everstep.checkpoint.torch_state import State, materialise_optimizer, tensors_of
 
 KINDS = ("model", "optimizer", "objects", "rng")
 RNG_PREFIX = "rng."
@@ -81,10 +81,9 @@ def tensors_to_fill(
     *,
     wanted: Selection,
     marks: Sequence[str],
-    rng: Mapping[str, LiveTensor],
     where: str,
 ) -> list[LiveTensor]:
-    """Load the wanted objects; the tensors that are to be filled, with the generators' states.
+    """The tensors of model and optimizer that are to be filled.
 
     Raises:
         StateMismatchError: the checkpoint does not hold what this run has.
@@ -97,8 +96,7 @@ def tensors_to_fill(
     )
     if differences:
         raise StateMismatchError(where, differences)
-    load_objects(wanted.state(state), wanted.objects(manifest), where)
-    return [*live.values(), *rng.values()]
+    return list(live.values())
 
 
 def fill_together(
