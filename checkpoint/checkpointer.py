@@ -51,6 +51,7 @@ from everstep.checkpoint.torch_rng import derive_rng, rng_states, set_rng_states
 from everstep.checkpoint.torch_state import (
     State,
     load_objects,
+    object_destinations,
     object_tensors,
     objects_of,
     optimizer_of,
@@ -348,23 +349,24 @@ class Checkpointer:
     ) -> Outcome:
         """Each rank's result: the size of the checkpoint, whether its generators were restored."""
         rng: dict[str, LiveTensor] = {}
-        of_objects: dict[str, torch.Tensor] = {}
+        fresh: dict[str, torch.Tensor] = {}
         where = self._directory.describe(step_id)
+        mine, objects = wanted.state(state), wanted.objects(manifest)
 
         def tensors() -> list[LiveTensor]:
+            specs = {n: t.spec for n, t in manifest.tensors.items()}
             live = self._live_rng() if "rng" in wanted.kinds else {}
-            specs = {t.spec for t in manifest.tensors.values()}
             if dict(manifest.mesh) == self._mesh and all(
-                t.fragment.spec in specs for t in live.values()
+                t.fragment.spec == specs.get(t.fragment.spec.name) for t in live.values()
             ):
                 rng.update(live)
+            fresh.update(object_destinations(mine, objects, specs, where))
             found = tensors_to_fill(state, manifest, wanted=wanted, marks=marks, where=where)
-            of_objects.update(wanted.object_destinations(state, manifest, where))
-            fresh = [live_tensor(name, tensor) for name, tensor in of_objects.items()]
-            return [*found, *fresh, *rng.values()]
+            of_objects = [live_tensor(name, tensor) for name, tensor in fresh.items()]
+            return [*found, *of_objects, *rng.values()]
 
         def finish() -> tuple[int, bool]:
-            load_objects(wanted.state(state), wanted.objects(manifest), where, of_objects)
+            load_objects(mine, objects, where, fresh)
             if rng:
                 set_rng_states({name: t.local for name, t in rng.items()})
             elif "rng" in wanted.kinds:

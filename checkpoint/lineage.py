@@ -7,7 +7,7 @@ step that it continued from (the fork): of the parent it inherits the steps up t
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from everstep.checkpoint.errors import ManifestError
 from everstep.checkpoint.records import decode_record, encode_record
@@ -81,9 +81,14 @@ def first_generation() -> Generation:
     return Generation(number=1, parent=None, fork_step=None, created_s=0.0, mesh={})
 
 
-def generation_from(number: int, parent: int | None, fork_step: int | None) -> Generation:
-    """What a lost record said of lineage, told by a manifest of that generation."""
-    return Generation(number=number, parent=parent, fork_step=fork_step, created_s=0.0, mesh={})
+def generation_from(number: int, lineage: Mapping[str, Any], path: Path | str) -> Generation:
+    """What a lost record said, from the ``lineage`` member of a manifest of that generation.
+
+    Raises:
+        ManifestError: it says nothing, or nothing sensible.
+    """
+    record = {"number": number, "created_s": 0.0, "mesh": {}, **lineage}
+    return decode_generation(encode_record("everstep_generation", 1, record), path)
 
 
 def _natural(value: object) -> bool:

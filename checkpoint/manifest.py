@@ -123,8 +123,12 @@ class Manifest:
         return tuple(PackIndex(tuple(f)) for f in held)
 
 
-def build_manifest(parts: Sequence[Part]) -> Manifest:
-    """Combine the parts of all writers, in any order.
+def build_manifest(parts: Sequence[Part], lineage: Lineage | None = None) -> Manifest:
+    """Combine the parts of all writers.
+
+    Args:
+        parts: of all ranks, in any order.
+        lineage: what their generation inherits.
 
     Raises:
         LayoutError: the fragments do not cover each tensor exactly once, or ranks disagree.
@@ -146,9 +150,7 @@ def build_manifest(parts: Sequence[Part]) -> Manifest:
         objects={**optimizer, **context["objects"]},
         packs=tuple(p.pack for p in ordered),
         tensors=_stored([p.fragments for p in ordered]),
-        lineage=_decode_lineage(context["lineage"], ordered[0].generation)
-        if "lineage" in context
-        else None,
+        lineage=lineage,
     )
 
 

@@ -125,9 +125,8 @@ class StepReader:
 
     def _fill_mapped(self, request: Request) -> None:
         stored = self.manifest.tensors[request.name]
+        starts, item_bytes = self.manifest.starts(request.name), stored.spec.item_bytes
         target = request.target
-        starts = self.manifest.starts(request.name)
-        item_bytes = stored.spec.item_bytes
         for copy in plan_load(stored.layout, stored.packs, starts, item_bytes, request.box):
             inside = copy.box.relative_to(request.box)
             offset = target.offset_bytes + sum(

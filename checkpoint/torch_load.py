@@ -15,13 +15,7 @@ from everstep.checkpoint.shared_read import Peers, SharedRead
 from everstep.checkpoint.step_reader import StepReader
 from everstep.checkpoint.torch_io import fill_tensors, host_requests
 from everstep.checkpoint.torch_layout import LiveTensor
-from everstep.checkpoint.torch_state import (
-    State,
-    check_objects,
-    materialise_optimizer,
-    object_destinations,
-    tensors_of,
-)
+from everstep.checkpoint.torch_state import State, materialise_optimizer, tensors_of
 
 KINDS = ("model", "optimizer", "objects", "rng")
 RNG_PREFIX = "rng."
@@ -55,13 +49,6 @@ class Selection:
             for name, value in manifest.objects.items()
             if ("optimizer" if name == "optimizer" else "objects") in self.kinds
         }
-
-    def object_destinations(
-        self, state: State, manifest: Manifest, where: str
-    ) -> dict[str, torch.Tensor]:
-        """See ``torch_state.object_destinations``."""
-        specs = {name: tensor.spec for name, tensor in manifest.tensors.items()}
-        return object_destinations(self.state(state), self.objects(manifest), specs, where)
 
     @property
     def _tensors(self) -> frozenset[str]:
@@ -109,7 +96,6 @@ def tensors_to_fill(
     )
     if differences:
         raise StateMismatchError(where, differences)
-    check_objects(wanted.state(state), wanted.objects(manifest), where)
     return list(live.values())
 
 

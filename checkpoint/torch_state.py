@@ -246,16 +246,6 @@ def materialise_optimizer(state: State, stored: Mapping[str, TensorSpec]) -> Non
         materialise(state.optimizers, _names(named_tensors(state.model)), stored)
 
 
-def check_objects(state: State, stored: Mapping[str, Json], where: str) -> None:
-    """Raise StateMismatchError unless a checkpoint has the objects of a state, and no others."""
-    wanted = {f"object.{name}" for name in state.objects}
-    wanted |= {"optimizer"} if state.optimizers else set()
-    differences = [f"{n!r} is not in the checkpoint" for n in sorted(wanted - stored.keys())]
-    differences += [f"its {n!r} is not in this run" for n in sorted(stored.keys() - wanted)]
-    if differences:
-        raise StateMismatchError(where, differences)
-
-
 def load_objects(
     state: State,
     stored: Mapping[str, Json],
@@ -274,7 +264,12 @@ def load_objects(
         StateMismatchError: the checkpoint has other objects or other optimizer groups.
         ManifestError: an object in it is not what these make.
     """
-    check_objects(state, stored, where)
+    wanted = {f"object.{name}" for name in state.objects}
+    wanted |= {"optimizer"} if state.optimizers else set()
+    differences = [f"{n!r} is not in the checkpoint" for n in sorted(wanted - stored.keys())]
+    differences += [f"its {n!r} is not in this run" for n in sorted(stored.keys() - wanted)]
+    if differences:
+        raise StateMismatchError(where, differences)
     filled = tensors or {}
 
     def tensor(name: str) -> torch.Tensor:

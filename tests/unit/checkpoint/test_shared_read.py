@@ -1,6 +1,7 @@
 """Ranks load from an object store together: each byte is read once, and trouble is everyone's."""
 
 import threading
+import tracemalloc
 from typing import Any
 
 import pytest
@@ -122,3 +123,28 @@ def test_a_state_that_does_not_fit_fails_before_anything_is_read(store: _Store) 
     assert set(errors[0].causes) == {1}
     assert isinstance(errors[1].__cause__, StateMismatchError)
     assert store.read_bytes == 0
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_little_memory_is_needed_beside_the_tensors(world_size: int) -> None:
+    """Everything that Python and NumPy allocate while ranks load 120 MiB that all of them need."""
+    store = MemoryStore()
+    shape = (30, 2**20)
+    with Checkpointer(store) as checkpointer:
+        checkpointer.save(1, State(model=nn.ParameterList([torch.ones(shape)])))
+    ready = threading.Barrier(world_size)
+
+    def load(c: ThreadPeers) -> None:
+        state = State(model=nn.ParameterList([torch.zeros(shape)]))
+        with Checkpointer(store, collective=c, read_only=True) as checkpointer:
+            if ready.wait() == 0:
+                tracemalloc.start()
+            checkpointer.load(state)
+        assert bool((next(state.model.parameters()) == 1).all())
+
+    try:
+        assert run_threads(load, world_size, kind=ThreadPeers) == [None] * world_size
+        _, peak_bytes = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert peak_bytes <= world_size * 64 * 2**20
