@@ -1,6 +1,6 @@
 """Writing a large file once, from front to back, past the page cache.
 
-Bytes go through one aligned staging buffer into O_DIRECT writes of ``STAGING_BYTES``; where the
+Bytes go through two aligned staging buffers into O_DIRECT writes of ``STAGING_BYTES``; where the
 file system refuses O_DIRECT (tmpfs, some network file systems: EINVAL at open or at the first
 write) the same file is written buffered and its pages are dropped afterwards. Also the small
 durable operations of a commit: exclusive files, links that never replace, directory syncs.
@@ -11,6 +11,7 @@ import fcntl
 import mmap
 import os
 from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
@@ -28,19 +29,22 @@ class StreamWriter:
     """A new file that is written front to back; a context manager.
 
     Fill ``space()`` and call ``advance(n)``, until ``finish()``; leaving the context without
-    ``finish()`` closes and deletes the file.
+    ``finish()`` closes and deletes the file. A full staging buffer goes to the file in a thread
+    while another one is filled; a file that fits one buffer needs neither.
 
     Raises:
         FileExistsError: the path exists already.
-        OSError: as the file system reports it (ENOSPC, EIO, ...).
+        OSError: as the file system reports it (ENOSPC, EIO, ...), at a later call at the latest.
     """
 
     def __init__(self, path: Path, staging_bytes: int = STAGING_BYTES) -> None:
         if staging_bytes <= 0 or staging_bytes % ALIGN_BYTES:
             raise ValueError(f"staging_bytes={staging_bytes} is not a multiple of {ALIGN_BYTES}")
         self._path = path
-        self._map = mmap.mmap(-1, staging_bytes)  # page-aligned, as O_DIRECT needs
-        self._staging: ByteArray = np.frombuffer(self._map, dtype=np.uint8)
+        self._staging = _aligned(staging_bytes)
+        self._spare: ByteArray | None = None
+        self._thread: ThreadPoolExecutor | None = None
+        self._under_way: Future[None] | None = None
         self._filled = 0
         self._written = 0
         self._finished = False
@@ -63,7 +67,7 @@ class StreamWriter:
         """Take over the first ``count`` bytes of ``space()``."""
         self._filled += count
         if self._filled == len(self._staging):
-            self._flush(self._filled)
+            self._flush_aside()
 
     def append(self, data: bytes | ByteArray) -> None:
         """Copy bytes in; for the small parts of a file."""
@@ -81,7 +85,8 @@ class StreamWriter:
         size = self._written + self._filled
         padded = -(-self._filled // ALIGN_BYTES) * ALIGN_BYTES
         self._staging[self._filled : padded] = 0
-        self._flush(padded)
+        self._wait()
+        self._write(self._staging[:padded])
         os.ftruncate(self._fd, size)
         os.fdatasync(self._fd)
         if not self.direct:
@@ -89,25 +94,36 @@ class StreamWriter:
         self._finished = True
         return size
 
-    def _flush(self, count: int) -> None:
-        done = 0
-        view = memoryview(self._map)
-        try:
-            while done < count:
-                try:
-                    n = os.write(self._fd, view[done:count])
-                except OSError as e:
-                    if e.errno != errno.EINVAL or not self.direct:
-                        raise
-                    self._leave_direct()
-                    continue
-                done += n
-                if self.direct and n % ALIGN_BYTES:  # a short write left the offset unaligned
-                    self._leave_direct()
-        finally:
-            view.release()
-        self._written += count
+    def _flush_aside(self) -> None:
+        """Hand the full buffer over to the thread, and go on with the other one."""
+        self._wait()
+        if self._thread is None:
+            self._thread = ThreadPoolExecutor(1, thread_name_prefix="everstep-write")
+            self._spare = _aligned(len(self._staging))
+        assert self._spare is not None
+        self._under_way = self._thread.submit(self._write, self._staging)
+        self._staging, self._spare = self._spare, self._staging
+        self._written += self._filled
         self._filled = 0
+
+    def _wait(self) -> None:
+        under_way, self._under_way = self._under_way, None
+        if under_way is not None:
+            under_way.result()
+
+    def _write(self, data: ByteArray) -> None:
+        done, view = 0, memoryview(data)
+        while done < len(view):
+            try:
+                n = os.write(self._fd, view[done:])
+            except OSError as e:
+                if e.errno != errno.EINVAL or not self.direct:
+                    raise
+                self._leave_direct()
+                continue
+            done += n
+            if self.direct and n % ALIGN_BYTES:  # a short write left the offset unaligned
+                self._leave_direct()
 
     def _leave_direct(self) -> None:
         flags = fcntl.fcntl(self._fd, fcntl.F_GETFL)
@@ -123,6 +139,8 @@ class StreamWriter:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
+        if self._thread is not None:
+            self._thread.shutdown()  # before the descriptor can become another file's
         if isinstance(error, OSError) and error.filename is None:
             error.filename = str(self._path)
         try:
@@ -130,6 +148,11 @@ class StreamWriter:
         finally:
             if not self._finished:
                 self._path.unlink(missing_ok=True)
+
+
+def _aligned(size_bytes: int) -> ByteArray:
+    """Memory that begins at a page, as O_DIRECT needs."""
+    return np.frombuffer(mmap.mmap(-1, size_bytes), dtype=np.uint8)
 
 
 @contextmanager
