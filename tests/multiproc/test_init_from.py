@@ -102,7 +102,11 @@ def _easy(batch: MicroBatch) -> MicroBatch:
     return replace(batch, tokens_BL=batch.tokens_BL % 7, targets_BL=batch.targets_BL % 7)
 
 
-@pytest.fixture(scope="module", params=[False, True], ids=["untied", "tied"])
+@pytest.fixture(
+    scope="module",
+    params=[pytest.param(False, marks=pytest.mark.slow), True],
+    ids=["untied", "tied"],
+)
 def trained(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Any:
     """A checkpoint after some steps, what transformers gets of it, and how one rank goes on."""
     folder, tie = tmp_path_factory.mktemp("trained"), bool(request.param)

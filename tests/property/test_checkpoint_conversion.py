@@ -81,7 +81,7 @@ def cases(draw: st.DrawFn) -> Case:
 
 
 @given(cases())
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=250, deadline=None)
 def test_extract_then_union_is_the_identity(case: Case) -> None:
     inventory = ArraySource(case.logical).tensors
     stored = carried_out(plan_extract(case.spec, inventory), case.logical)
