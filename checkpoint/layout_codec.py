@@ -76,7 +76,10 @@ class LayoutDecoder:
             TypeError: a member is of another type.
             ValueError: it is no layout that covers such a tensor exactly once.
         """
-        form = next((f for f in _FORMS if f in coded), "grid")
+        forms = [form for form in _FORMS if form in coded]
+        if len(forms) != 1:
+            raise ValueError(f"a tensor has {forms}, expected one of {', '.join(_FORMS)}")
+        form = forms[0]
         # other types that compare equal, such as 1 and True, have another repr
         key = f"{coded['shape']!r} {form} {coded[form]!r}"
         known = self._layouts.get(key)

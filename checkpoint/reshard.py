@@ -116,44 +116,6 @@ def _pieces(layout: Layout, wanted: Box) -> tuple[Piece, ...]:
     return tuple(layout.overlapping(wanted))
 
 
-class ByteRange(NamedTuple):
-    """Bytes [begin, end) of the data of a pack."""
-
-    pack: int
-    begin: int
-    end: int
-
-
-def byte_ranges(copies: Iterable[CopyStep], item_bytes: int, gap_bytes: int) -> list[ByteRange]:
-    """What to read for copies of tensors with items of one size: ascending, without overlap.
-
-    Args:
-        copies: of ``plan_load``.
-        item_bytes: bytes per item.
-        gap_bytes: ranges of a pack at most so far apart are read as one.
-    """
-    merged: list[ByteRange] = []
-    for found in sorted(_span(copy, item_bytes) for copy in copies):
-        last = merged[-1] if merged else None
-        if last and last.pack == found.pack and found.begin <= last.end + gap_bytes:
-            merged[-1] = ByteRange(found.pack, last.begin, max(last.end, found.end))
-        else:
-            merged.append(found)
-    return merged
-
-
-def _span(copy: CopyStep, item_bytes: int) -> ByteRange:
-    """From the first item of the box to its last."""
-    first = last = 0
-    for extent, begin, n in zip(
-        copy.cell.shape, copy.box.relative_to(copy.cell), copy.box.shape, strict=True
-    ):
-        first, last = first * extent + begin, last * extent + begin + n - 1
-    return ByteRange(
-        copy.pack, copy.start + first * item_bytes, copy.start + (last + 1) * item_bytes
-    )
-
-
 def layout_differences(
     wanted: Mapping[str, tuple[str, tuple[int, ...]]],
     stored: Mapping[str, tuple[str, tuple[int, ...]]],

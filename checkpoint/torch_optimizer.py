@@ -63,7 +63,7 @@ def materialise(optimizers: Optimizers, names: Names, stored: Mapping[str, Tenso
 
     Optimizers create them at their first step; a resumed run has made none yet. A tensor of the
     parameter's global shape is laid out as the parameter, any other is whole on every rank: on the
-    parameter's mesh, as torch makes it of a gradient there, but for the step, which is a plain one.
+    parameter's mesh, as torch makes it of a gradient there, but for scalars, such as the step.
     """
     wanted: dict[str, dict[str, TensorSpec]] = {}
     for name, spec in stored.items():
@@ -120,7 +120,7 @@ def _zeros(parameter: torch.Tensor, key: str, spec: TensorSpec, on_device: bool)
     dtype = DTYPES[spec.dtype]
     if spec.shape == tuple(parameter.shape) and key != "step":
         return torch.zeros_like(parameter, dtype=dtype, requires_grad=False)
-    if isinstance(parameter, DTensor) and key != "step":
+    if isinstance(parameter, DTensor) and spec.shape:
         local = torch.zeros(spec.shape, dtype=dtype, device=parameter.device)
         mesh = parameter.device_mesh
         return DTensor.from_local(local, mesh, [Replicate()] * mesh.ndim, run_check=False)

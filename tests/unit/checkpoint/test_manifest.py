@@ -256,6 +256,8 @@ IRREGULAR_DEFECTS = [
     _put("tensors", "model.boxes", "shape", [2, 4]),
     _put("tensors", "model.boxes", "shape", [0, 4]),
     _put("tensors", "model.boxes", "packs", [[0, 2, 1]]),
+    _put("tensors", "model.flat", "grid", [5, 3]),
+    _put("tensors", "model.flat", "flat", DELETED),
     _put("tensors", "model.flat", "flat", [15]),
     _put("tensors", "model.flat", "flat", [8, 7]),
     _put("tensors", "model.flat", "flat", 0),

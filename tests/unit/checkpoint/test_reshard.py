@@ -6,7 +6,6 @@ from everstep.checkpoint.errors import LayoutError
 from everstep.checkpoint.layout import Box, Fragment, Grid, TensorSpec
 from everstep.checkpoint.reshard import (
     CopyStep,
-    byte_ranges,
     held_nowhere,
     layout_differences,
     mark_held,
@@ -68,17 +67,6 @@ def test_replicas_that_are_cut_differently_are_refused() -> None:
     whole, half = Fragment(spec, spec.whole), Fragment(spec, Box((0,), (2,)))
     with pytest.raises(LayoutError, match=r"'w' of shape \(4,\): item \[0\] is held by 2"):
         plan_save([[whole], [half]])
-
-
-def test_byte_ranges_that_are_close_are_read_as_one() -> None:
-    grid = Grid(((0, 4, 8), (0, 6)))
-    rows = plan_load(grid, (1, 0), (64, 8), 4, Box((0, 2), (8, 2)))
-    assert byte_ranges(rows, 4, 0) == [(0, 16, 96), (1, 72, 152)]
-    both = [CopyStep(0, 0, Box((0,), (9,)), Box((b,), (2,))) for b in (6, 0, 3)]
-    assert byte_ranges(both, 1, 0) == [(0, 0, 2), (0, 3, 5), (0, 6, 8)]
-    assert byte_ranges(both, 1, 1) == [(0, 0, 8)]
-    assert byte_ranges([*both, *both], 2, 0) == [(0, 0, 4), (0, 6, 10), (0, 12, 16)]
-    assert byte_ranges([], 1, 0) == []
 
 
 def test_nothing_to_save() -> None:
