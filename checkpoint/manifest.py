@@ -45,8 +45,8 @@ class Part:
     pack: PackRecord
     fragments: tuple[Fragment, ...]
     context: Mapping[str, Any]
-    """From rank 0: 'mesh', 'producer' and 'objects' (JSON-able state); from it and every other rank
-    that is the first to hold its parameters: 'optimizer', the part of that object that it has."""
+    """From rank 0: 'mesh', 'producer', 'lineage' and 'objects' (JSON-able state); from it and every
+    other rank that is the first to hold its parameters: 'optimizer', the part of it that it has."""
 
 
 class Lineage(NamedTuple):
