@@ -357,10 +357,8 @@ def test_what_a_save_must_not_replace(tmp_path: Path) -> None:
     with Checkpointer(tmp_path / "run") as run:
         run.save(0, tiny_state())
     dcp.save({"x": torch.ones(1)}, checkpoint_id=tmp_path / "plain", no_dist=True)
-    _save(tmp_path / "mixed", _state())
-    with Checkpointer(tmp_path / "mixed") as run:
-        run._parent = CheckpointDirectory(tmp_path / "mixed").find(None)
-        run.save(7, tiny_state())
+    shutil.copytree(tmp_path / "run", tmp_path / "mixed")
+    (tmp_path / "mixed" / "incoming").mkdir()  # as if both had been used with this path
     for path in (tmp_path / "run", tmp_path / "plain", tmp_path / "mixed"):
         before = sorted(path.rglob("*"))
         with pytest.raises(CheckpointException, match="choose another path"):
