@@ -72,7 +72,7 @@ def read_checkpoint(folder: Path) -> tuple[dict[str, Any], dict[str, np.ndarray[
         assert table.tolist() == [_crc32c(b) for b in blocks]
         for _, name, _, cell in sorted(cells):
             whole = found[name].reshape(-1) if "flat" in manifest["tensors"][name] else found[name]
-            target = whole[tuple(slice(*span) for span in cell)]
+            target = whole[(*(slice(*span) for span in cell), ...)]
             stored = np.frombuffer(data, target.dtype, target.size, begin)
             target[...] = stored.reshape(target.shape)
             begin += target.nbytes
