@@ -112,7 +112,7 @@ class StreamWriter:
             under_way.result()
 
     def _write(self, data: ByteArray) -> None:
-        done, view = 0, memoryview(data)
+        done, view = 0, data.data
         while done < len(view):
             try:
                 n = os.write(self._fd, view[done:])
