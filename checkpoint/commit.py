@@ -37,6 +37,7 @@ from everstep.checkpoint.manifest import (
     Lineage,
     Manifest,
     Part,
+    SpecPool,
     build_manifest,
     decode_manifest,
     decode_part,
@@ -360,7 +361,8 @@ class CheckpointDirectory:
         failures = {rank: failure_in(data, path) for rank, (path, data) in enumerate(named)}
         if causes := {rank: cause for rank, cause in failures.items() if cause is not None}:
             raise SaveFailedError(step_id.step, causes)
-        return [decode_part(data, path) for path, data in named]
+        known: SpecPool = {}
+        return [decode_part(data, path, known) for path, data in named]
 
     def _read_records(self, keys: Sequence[str]) -> list[bytes]:
         def read(key: str) -> bytes:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from everstep.checkpoint.collective import Collective
 from everstep.checkpoint.layout import Fragment
-from everstep.checkpoint.manifest import fragments_from_json, fragments_to_json
+from everstep.checkpoint.manifest import SpecPool, fragments_from_json, fragments_to_json
 from everstep.checkpoint.pack import PackPlan, plan_pack
 from everstep.checkpoint.reshard import plan_save
 
@@ -43,7 +43,10 @@ class SavePlan:
             LayoutError: ranks disagree about a tensor.
         """
         if self._pack is None:
-            layouts = [fragments_from_json(json.loads(zlib.decompress(x))) for x in self._layouts]
+            known: SpecPool = {}
+            layouts = [
+                fragments_from_json(json.loads(zlib.decompress(x)), known) for x in self._layouts
+            ]
             rank = self._collective.rank
             self._pack = plan_pack(rank, plan_save(layouts)[rank])
         return self._pack
