@@ -180,22 +180,25 @@ def write_durable(path: Path, data: bytes) -> None:
         os.close(fd)
 
 
-def publish(path: Path, data: bytes, temporary: Path) -> None:
-    """Make a file appear whole or not at all, durably, never replacing one that differs.
+def create_whole(path: Path, data: bytes, temporary: Path, *, settle: bool = True) -> None:
+    """Make a file appear whole or not at all, its bytes durable, never replacing one.
 
-    The bytes go to ``temporary`` (same directory), are synced, and are linked to ``path``; finding
-    the same bytes there already is success.
+    The bytes go to ``temporary`` (same directory, nobody else's), are synced, and are linked to
+    ``path``.
+
+    Args:
+        path: the file to create.
+        data: all of it.
+        temporary: name to use meanwhile.
+        settle: whether its name is to be durable, too, when this returns.
 
     Raises:
-        FileExistsError: ``path`` exists with other bytes.
+        FileExistsError: ``path`` exists.
     """
-    temporary.unlink(missing_ok=True)
     write_durable(temporary, data)
     try:
         os.link(temporary, path)
-    except FileExistsError:
-        if path.read_bytes() != data:
-            raise
     finally:
         temporary.unlink(missing_ok=True)
-    sync_directory(path.parent)
+    if settle:
+        sync_directory(path.parent)

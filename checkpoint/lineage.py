@@ -7,7 +7,7 @@ step that it continued from (the fork): of the parent it inherits the steps up t
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from everstep.checkpoint.errors import ManifestError
 from everstep.checkpoint.records import decode_record, encode_record
@@ -33,6 +33,8 @@ class Generation:
     created_s: float
     """Seconds since the epoch."""
     mesh: Mapping[str, int]
+    owner: str = ""
+    """Who began it, for people; no two attempts have the same."""
 
 
 def encode_generation(generation: Generation) -> bytes:
@@ -46,6 +48,7 @@ def encode_generation(generation: Generation) -> bytes:
             "fork_step": generation.fork_step,
             "created_s": generation.created_s,
             "mesh": dict(generation.mesh),
+            "owner": generation.owner,
         },
     )
 
@@ -54,7 +57,7 @@ def decode_generation(data: bytes, path: Path | str) -> Generation:
     """Inverse of ``encode_generation``; raises ManifestError and its kinds."""
     m = decode_record(data, "everstep_generation", GENERATION_VERSION, path)
     number, parent, fork = m.get("number"), m.get("parent"), m.get("fork_step")
-    created_s, mesh = m.get("created_s"), m.get("mesh")
+    created_s, mesh, owner = m.get("created_s"), m.get("mesh"), m.setdefault("owner", "")
     good = (
         m.keys() >= {f.name for f in fields(Generation)}
         and _natural(number)
@@ -63,6 +66,7 @@ def decode_generation(data: bytes, path: Path | str) -> Generation:
         and type(created_s) is float
         and isinstance(mesh, dict)
         and all(map(_natural, mesh.values()))
+        and isinstance(owner, str)
     )
     if not good:
         raise ManifestError(path, "its content is not a generation")
@@ -75,6 +79,16 @@ def first_generation() -> Generation:
     A parent has a smaller number, so that the first generation has none.
     """
     return Generation(number=1, parent=None, fork_step=None, created_s=0.0, mesh={})
+
+
+def generation_from(number: int, lineage: Mapping[str, Any], path: Path | str) -> Generation:
+    """What a lost record said, from the ``lineage`` member of a manifest of that generation.
+
+    Raises:
+        ManifestError: it says nothing, or nothing sensible.
+    """
+    record = {"number": number, "created_s": 0.0, "mesh": {}, **lineage}
+    return decode_generation(encode_record("everstep_generation", 1, record), path)
 
 
 def _natural(value: object) -> bool:

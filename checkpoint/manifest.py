@@ -8,7 +8,7 @@ import re
 import reprlib
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -44,8 +44,8 @@ class Part:
     pack: PackRecord
     fragments: tuple[Fragment, ...]
     context: Mapping[str, Any]
-    """From rank 0: 'mesh', 'producer' and 'objects' (JSON-able state); from it and every other rank
-    that is the first to hold its parameters: 'optimizer', the part of that object that it has."""
+    """From rank 0: 'mesh', 'producer', 'lineage' and 'objects' (JSON-able state); from it and every
+    other rank that is the first to hold its parameters: 'optimizer', the part of it that it has."""
 
 
 @dataclass(frozen=True)
@@ -71,6 +71,9 @@ class Manifest:
     """JSON-able state: optimizer groups, scheduler, data position, ..."""
     packs: tuple[PackRecord, ...]
     tensors: Mapping[str, StoredTensor]
+    lineage: Mapping[str, int | None] = field(default_factory=dict)
+    """'parent' and 'fork_step' of its generation, whose record can be made again from them; empty
+    where it was not told."""
 
     @property
     def size_bytes(self) -> int:
@@ -124,6 +127,7 @@ def build_manifest(parts: Sequence[Part]) -> Manifest:
         objects={**optimizer, **context["objects"]},
         packs=tuple(p.pack for p in ordered),
         tensors=tensors,
+        lineage=_lineage(context.get("lineage", {})),
     )
 
 
@@ -192,6 +196,7 @@ def encode_manifest(manifest: Manifest) -> bytes:
             "step": manifest.step,
             "mesh": dict(manifest.mesh),
             "producer": dict(manifest.producer),
+            **({"lineage": dict(manifest.lineage)} if manifest.lineage else {}),
             "objects": dict(manifest.objects),
             "block_bytes": BLOCK_BYTES,
             "packs": [{"kind": "safetensors", **asdict(p)} for p in manifest.packs],
@@ -225,6 +230,7 @@ def decode_manifest(data: bytes, path: Path | str) -> Manifest:
             objects=_mapping(m["objects"]),
             packs=packs,
             tensors=_decode_tensors(_mapping(m["tensors"]), len(packs)),
+            lineage=_lineage(m.get("lineage", {})),
         )
     except (KeyError, TypeError, ValueError) as e:
         raise ManifestError(path, f"its content is not a manifest: {e}") from None
@@ -293,6 +299,13 @@ def _extents(value: Any) -> tuple[int, ...]:
     if not isinstance(value, list) or len(value) > 32:
         raise ValueError(f"{reprlib.repr(value)} is not a shape")
     return tuple(map(_natural, value))
+
+
+def _lineage(value: Any) -> dict[str, int | None]:
+    members = _mapping(value)
+    if members and members.keys() != {"parent", "fork_step"}:
+        raise ValueError(f"lineage {reprlib.repr(value)}")
+    return {k: None if v is None else _natural(v) for k, v in members.items()}
 
 
 def _text(value: Any) -> str:

@@ -31,6 +31,7 @@ from everstep.checkpoint.errors import (
 )
 from everstep.checkpoint.kernels import copy_box, crc32c, crc32c_blocks, gather_box_crc
 from everstep.checkpoint.layout import Box, Fragment
+from everstep.checkpoint.store import StoreWriter
 
 PACK_VERSION = "1"
 BLOCK_BYTES = 2**20
@@ -147,10 +148,28 @@ def write_pack(
     threads: int = 1,
     on_bytes: Callable[[int], None] | None = None,
 ) -> PackRecord:
-    """Write a new pack and make it durable; on any error the file is gone again.
+    """Write a new pack as a local file and make it durable; on any error the file is gone again.
+
+    Arguments and errors are those of ``stream_pack``.
+    """
+    with StreamWriter(path) as out:
+        return stream_pack(out, path.name, plan, source_of, threads=threads, on_bytes=on_bytes)
+
+
+def stream_pack(
+    out: StoreWriter,
+    file: str,
+    plan: PackPlan,
+    source_of: Callable[[Fragment], StridedBytes],
+    *,
+    threads: int = 1,
+    on_bytes: Callable[[int], None] | None = None,
+) -> PackRecord:
+    """Write a pack and make it durable.
 
     Args:
-        path: the file to create.
+        out: takes the bytes; leaving its context after an error is up to the caller.
+        file: name of the pack, for its record.
         plan: its plan.
         source_of: where the bytes of a fragment are; asked once for each that has any, in order,
             so that one from a device can be fetched then and dropped before the next.
@@ -158,44 +177,42 @@ def write_pack(
         on_bytes: called with the number of data bytes taken over so far.
 
     Raises:
-        FileExistsError: the path exists already.
-        OSError: as the file system reports it.
+        FileExistsError: there is such a pack already.
+        OSError: as the store reports it.
     """
     crcs = np.zeros(plan.n_blocks, dtype=np.uint32)
-    with StreamWriter(path) as out:
-        out.append(plan.header)
-        for fragment, start in zip(plan.fragments, plan.starts, strict=True):
-            done = 0
-            source = source_of(fragment) if fragment.size_bytes else None
-            while source is not None and done < fragment.size_bytes:
-                space = out.space()
-                n = min(len(space), fragment.size_bytes - done)
-                gather_box_crc(
-                    space,
-                    0,
-                    source.buffer,
-                    source.offset_bytes,
-                    source.strides_bytes,
-                    fragment.box.shape,
-                    fragment.spec.item_bytes,
-                    begin_bytes=done,
-                    end_bytes=done + n,
-                    stream_offset_bytes=start + done,
-                    block_bytes=BLOCK_BYTES,
-                    block_crcs=crcs,
-                    threads=threads,
-                )
-                out.advance(n)
-                done += n
-                if on_bytes is not None:
-                    on_bytes(start + done)
-        table = crcs.astype("<u4").tobytes()
-        out.append(table)
-        size_bytes = out.finish()
+    out.append(plan.header)
+    for fragment, start in zip(plan.fragments, plan.starts, strict=True):
+        done = 0
+        source = source_of(fragment) if fragment.size_bytes else None
+        while source is not None and done < fragment.size_bytes:
+            space = out.space()
+            n = min(len(space), fragment.size_bytes - done)
+            gather_box_crc(
+                space,
+                0,
+                source.buffer,
+                source.offset_bytes,
+                source.strides_bytes,
+                fragment.box.shape,
+                fragment.spec.item_bytes,
+                begin_bytes=done,
+                end_bytes=done + n,
+                stream_offset_bytes=start + done,
+                block_bytes=BLOCK_BYTES,
+                block_crcs=crcs,
+                threads=threads,
+            )
+            out.advance(n)
+            done += n
+            if on_bytes is not None:
+                on_bytes(start + done)
+    table = crcs.astype("<u4").tobytes()
+    out.append(table)
     return PackRecord(
-        file=path.name,
+        file=file,
         rank=plan.rank,
-        size_bytes=size_bytes,
+        size_bytes=out.finish(),
         data_start=len(plan.header),
         data_bytes=plan.data_bytes,
         crc32c=crc32c(table, crc32c(plan.header)),

@@ -5,7 +5,6 @@ is over ``BODY``, so that every flipped bit, version included, is noticed.
 """
 
 import json
-import os
 import re
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,7 @@ from everstep.checkpoint.errors import (
     ManifestVersionError,
 )
 from everstep.checkpoint.kernels import crc32c
+from everstep.checkpoint.store import Store
 
 MAX_RECORD_BYTES = 2**28
 _TAIL = re.compile(rb',"crc32c":"([0-9a-f]{8})"}\n')
@@ -65,19 +65,19 @@ def decode_record(data: bytes, kind: str, version: int, path: Path | str) -> dic
     return members
 
 
-def read_bytes(path: Path) -> bytes:
-    """The bytes of a record file.
+def read_record(store: Store, key: str) -> bytes:
+    """The bytes of a record.
 
     Raises:
         ManifestError: it is missing or absurdly large.
     """
     try:
-        with path.open("rb") as f:
-            if os.fstat(f.fileno()).st_size > MAX_RECORD_BYTES:
-                raise ManifestError(path, f"it is larger than {MAX_RECORD_BYTES} bytes")
-            return f.read()
+        data = store.read(key, 0, MAX_RECORD_BYTES + 1)
     except FileNotFoundError:
-        raise ManifestError(path, "the file is missing") from None
+        raise ManifestError(store.describe(key), "the file is missing") from None
+    if len(data) > MAX_RECORD_BYTES:
+        raise ManifestError(store.describe(key), f"it is larger than {MAX_RECORD_BYTES} bytes")
+    return data
 
 
 def _refuse(constant: str) -> None:

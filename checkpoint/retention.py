@@ -1,8 +1,8 @@
 """Which checkpoints to delete (pure)."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
-from everstep.checkpoint.lineage import StepId
+from everstep.checkpoint.lineage import Generation, StepId
 
 
 def superfluous(
@@ -25,3 +25,34 @@ def superfluous(
     kept, inherited = set(lineage[-keep:]), set(lineage)
     wrote = any(s.generation == current for s in lineage)
     return sorted(s for s in committed if s not in kept and (wrote or s in inherited))
+
+
+def abandoned(
+    uncommitted: Iterable[StepId],
+    committed: Iterable[StepId],
+    generations: Mapping[int, Generation],
+    *,
+    now_s: float,
+    grace_s: float,
+) -> list[StepId]:
+    """The half-written steps that nobody can be writing any more, on a store without a lock.
+
+    Args:
+        uncommitted: steps without a manifest.
+        committed: steps with one.
+        generations: all of them, by number.
+        now_s: the time, seconds since the epoch.
+        grace_s: how long a writer may need to notice that a newer generation has begun.
+
+    The newest generation saves one step after the other: what lies before a committed one of its
+    own, it has given up. Older generations stop at their next save; what they were writing then is
+    left alone until the newest generation is older than ``grace_s``.
+    """
+    newest = max(generations, default=0)
+    own = max((s.step for s in committed if s.generation == newest), default=-1)
+    stale = newest in generations and now_s - generations[newest].created_s >= grace_s
+    return sorted(
+        s
+        for s in uncommitted
+        if (s.generation == newest and s.step < own) or (s.generation < newest and stale)
+    )

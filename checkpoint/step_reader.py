@@ -1,6 +1,10 @@
-"""Reads boxes of the tensors of one committed checkpoint out of its packs (no torch)."""
+"""Reads boxes of the tensors of one committed checkpoint out of its packs (no torch).
+
+Packs that are local files are mapped; those of an object store are fetched by ranges.
+"""
 
 import math
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
@@ -8,26 +12,51 @@ from types import TracebackType
 import numpy as np
 
 from everstep.checkpoint.direct_io import ByteArray
+from everstep.checkpoint.errors import CheckpointError
 from everstep.checkpoint.layout import Box
 from everstep.checkpoint.manifest import Manifest
 from everstep.checkpoint.pack import PackReader, StridedBytes, dense_strides
+from everstep.checkpoint.ranged_read import RangedReader, Request
 from everstep.checkpoint.reshard import plan_load
+from everstep.checkpoint.store import Folder
 
 
 class StepReader:
     """Opens packs when they are first needed, and keeps them open; a context manager.
 
     Args:
-        step_path: directory of the checkpoint.
+        step: the checkpoint: its local folder, or its folder in a store.
         manifest: its manifest.
         threads: copy threads.
     """
 
-    def __init__(self, step_path: Path, manifest: Manifest, *, threads: int = 1) -> None:
-        self.step_path, self.manifest = step_path, manifest
+    def __init__(self, step: Path | Folder, manifest: Manifest, *, threads: int = 1) -> None:
+        self.manifest = manifest
+        self._step = step
         self._threads = threads
         self._files = ExitStack()
         self._packs: dict[int, PackReader] = {}
+        self._ranged: RangedReader | None = None
+        if isinstance(step, Folder) and step.store.local_path() is None:
+            self._ranged = RangedReader(step, manifest, threads=threads)
+
+    @property
+    def step_path(self) -> Path:
+        """Local folder of the checkpoint; raises CheckpointError where it has none."""
+        if isinstance(self._step, Path):
+            return self._step
+        path = self._step.store.local_path(self._step.folder)
+        if path is None:
+            raise CheckpointError(
+                f"{self._step.store.describe(self._step.folder)} is not a local folder: this needs "
+                "one; copy the checkpoint to a local disk first"
+            )
+        return path
+
+    @property
+    def ranged(self) -> RangedReader | None:
+        """What reads from an object store; None where packs are local files."""
+        return self._ranged
 
     def fill(self, name: str, wanted: Box, target: StridedBytes) -> None:
         """Copy a box of a tensor into an array, verifying every block that is touched.
@@ -41,15 +70,27 @@ class StepReader:
             DamagedError: a pack is not what the manifest says; part of the array may be filled.
             KeyError: the checkpoint has no such tensor.
         """
-        stored = self.manifest.tensors[name]
-        for copy in plan_load(stored.grid, stored.packs, wanted):
-            index = self.manifest.pack_indexes[copy.pack]
-            start, fragment = index.starts[name, copy.cell.offset]
-            inside = copy.box.relative_to(wanted)
-            offset = target.offset_bytes + sum(
-                i * s for i, s in zip(inside, target.strides_bytes, strict=True)
-            )
-            self._pack(copy.pack).read_box(fragment, start, copy.box, target, offset)
+        self.fill_all([Request(name, wanted, target)])
+
+    def fill_all(
+        self, requests: Sequence[Request], on_bytes: Callable[[int], None] | None = None
+    ) -> None:
+        """As ``fill``, for many boxes: where each byte costs a request, neighbours share one.
+
+        Args:
+            requests: what to fill.
+            on_bytes: called with the bytes filled so far.
+        """
+        if self._ranged is not None:
+            self._ranged.fill(requests, on_bytes)
+            return
+        done_bytes = 0
+        for request in requests:
+            self._fill_mapped(request)
+            if on_bytes is not None:
+                item_bytes = self.manifest.tensors[request.name].spec.item_bytes
+                done_bytes += request.box.size * item_bytes
+                on_bytes(done_bytes)
 
     def read(self, name: str, box: Box | None = None) -> ByteArray:
         """The bytes of a box of a tensor (None: of all of it), dense, in C order; as ``fill``."""
@@ -61,7 +102,10 @@ class StepReader:
 
     def verify(self, pack: int) -> None:
         """Check every byte of a pack, by its number in the manifest; raises DamagedError."""
-        self._pack(pack).verify_all()
+        if self._ranged is not None:
+            self._ranged.verify(pack)
+        else:
+            self._pack(pack).verify_all()
 
     def close(self) -> None:
         """Let go of all packs; may be called twice."""
@@ -78,6 +122,18 @@ class StepReader:
         trace: TracebackType | None,
     ) -> None:
         self.close()
+
+    def _fill_mapped(self, request: Request) -> None:
+        stored = self.manifest.tensors[request.name]
+        target = request.target
+        for copy in plan_load(stored.grid, stored.packs, request.box):
+            index = self.manifest.pack_indexes[copy.pack]
+            start, fragment = index.starts[request.name, copy.cell.offset]
+            inside = copy.box.relative_to(request.box)
+            offset = target.offset_bytes + sum(
+                i * s for i, s in zip(inside, target.strides_bytes, strict=True)
+            )
+            self._pack(copy.pack).read_box(fragment, start, copy.box, target, offset)
 
     def _pack(self, number: int) -> PackReader:
         if number not in self._packs:

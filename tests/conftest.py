@@ -1,4 +1,7 @@
-"""What all tests of a process share: a Ray cluster, started when the first of them asks for it."""
+"""What all tests of a process share, started when the first of them asks for it.
+
+A Ray cluster, an S3 server.
+"""
 
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
@@ -8,6 +11,16 @@ import pytest
 if TYPE_CHECKING:
     from everstep.cluster.ray_cluster import RayCluster
     from everstep.cluster.ray_nodes import OwnRay
+    from tests.support.s3_server import S3Server
+
+
+@pytest.fixture(scope="session")
+def s3() -> Iterator["S3Server"]:
+    """A real S3 server; tests make buckets of their own."""
+    from tests.support.s3_server import s3_server
+
+    with s3_server() as server:
+        yield server
 
 
 @pytest.fixture(scope="session")

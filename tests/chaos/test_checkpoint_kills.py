@@ -150,7 +150,9 @@ def _look(root: Path, wanted: dict[int, dict[str, bytes]], at: str) -> int:
 def test_everything_is_durable_before_the_manifest_appears(tmp_path: Path) -> None:
     log = tmp_path / "log"
     assert _in_process(_note_what_a_power_cut_would_lose, tmp_path / "c", log) == 0
-    generation, manifest = log.read_text().split("\n")
+    generation, part, manifest = log.read_text().split("\n")
+    assert part.startswith("step-00000001-g00001/parts/00000.json: ")
+    assert "bytes" not in part
     assert generation == "generations/00001.json: nothing"
     assert manifest == "step-00000001-g00001/manifest.json: nothing"
 
@@ -174,6 +176,7 @@ def _note_what_a_power_cut_would_lose(root: Path, log: Path) -> None:
         elif name == "link":
             at_risk.discard(f"entry {path}")  # the temporary name, which is not to stay
             lines.append(f"{Path(args[1]).relative_to(root)}: {sorted(at_risk) or 'nothing'}")
+            at_risk.add(f"entry {args[1]}")
 
     state = tiny_state()
     with Checkpointer(root) as checkpointer:

@@ -3,6 +3,7 @@
 import errno
 import os
 import shutil
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import torch
 from torch import nn
 
 from everstep.checkpoint import checkpointer as module
+from everstep.checkpoint.ballot import Ballot
 from everstep.checkpoint.checkpointer import Checkpointer, StepInfo
 from everstep.checkpoint.commit import CheckpointDirectory
 from everstep.checkpoint.errors import (
@@ -26,6 +28,7 @@ from everstep.checkpoint.errors import (
     StepExistsError,
     StepNotFoundError,
 )
+from everstep.checkpoint.lineage import StepId
 from everstep.checkpoint.lock import DirectoryLock
 from everstep.checkpoint.torch_state import State
 from tests.support.checkpoints import (
@@ -477,3 +480,143 @@ def test_a_lost_rank_is_noticed(tmp_path: Path) -> None:
 
     errors = run_threads(run, 2)
     assert isinstance(errors[0], CollectiveError)
+
+
+def test_a_rank_that_hangs_is_named_by_all_others(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real, awake = Checkpointer._write, threading.Event()
+    hanging: set[int] = set()
+
+    def act(self: Checkpointer, *args: Any) -> Any:
+        if self._collective.rank in hanging:
+            awake.wait(20)
+        return real(self, *args)
+
+    def run(c: ThreadCollective) -> Any:
+        state, checkpointer = _replicated(c, tmp_path)
+        with checkpointer:
+            checkpointer.save(1, state)
+            hanging.add(1)
+            try:
+                checkpointer.save(2, state)
+            except SaveFailedError as e:
+                return e
+            finally:
+                if c.rank == 2:
+                    awake.set()
+
+    monkeypatch.setattr(Checkpointer, "_write", act)
+    errors = run_threads(run, 3, timeout_s=1.0)
+    assert [type(e) for e in errors] == [SaveFailedError] * 3
+    too_late = "it did not say in time that its pack is durable (hung or lost?)"
+    for rank in (0, 2):
+        assert errors[rank].causes == {1: too_late}
+        assert isinstance(errors[rank].__cause__, CollectiveError)
+    assert errors[1].causes == {1: f"rank 1 was given up: {too_late}"}
+    with Checkpointer(tmp_path) as checkpointer:
+        assert checkpointer.steps() == [1]
+        checkpointer._owner.claim()
+    assert _names(tmp_path) == ["step-00000001-g00001"]
+
+
+def test_a_step_that_all_voted_for_is_there_though_rank_0_hangs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    awake = threading.Event()
+
+    def hang(self: Ballot, step_id: StepId) -> None:
+        if self._collective.rank == 0:
+            awake.wait(20)
+
+    def run(c: ThreadCollective) -> None:
+        state, checkpointer = _replicated(c, tmp_path)
+        with checkpointer:
+            try:
+                checkpointer.save(1, state)
+            finally:
+                if c.rank == 2:
+                    awake.set()
+
+    monkeypatch.setattr(Ballot, "_publish", hang)
+    errors = run_threads(run, 3, timeout_s=1.0)
+    assert [type(e) for e in errors[1:]] == [CollectiveError] * 2
+    with Checkpointer(tmp_path) as checkpointer:
+        assert checkpointer.steps() == [1]
+
+
+def test_a_failure_is_kept_with_the_step_until_it_is_cleared(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told: list[tuple[Any, ...]] = []
+    monkeypatch.setattr(CheckpointDirectory, "put_failure", lambda _, *facts: told.append(facts))
+    monkeypatch.setattr(Checkpointer, "_write", _no_space)
+    with Checkpointer(tmp_path) as checkpointer, pytest.raises(SaveFailedError):
+        checkpointer.save(1, tiny_state())
+    assert told == [(StepId(1, 1), 0, "No space left on device")]
+
+
+# Parts of a state
+
+
+def test_only_what_is_asked_for_is_loaded(tmp_path: Path) -> None:
+    state = tiny_state(data=Counter(3))
+    with Checkpointer(tmp_path) as checkpointer:
+        checkpointer.save(1, state)
+    saved = bits(state)
+    draws = float(torch.rand(()))
+
+    def load(*include: str) -> tuple[dict[str, bytes], Any, bool]:
+        fresh = fresh_state(data=Counter(0))
+        with Checkpointer(tmp_path, read_only=True) as reader:
+            assert reader.load(fresh, include=include) == 2
+            assert reader.loaded is not None
+            restored = reader.loaded.rng_restored
+        return bits(fresh), fresh.objects["data"].value, restored
+
+    untouched = bits(fresh_state())
+    torch.manual_seed(5)
+    before = torch.get_rng_state()
+    found, value, restored = load("model")
+    model = {k: v for k, v in saved.items() if k.startswith("model.")}
+    assert (found, value, restored) == (model, 0, False)
+    found, value, _ = load("objects")
+    assert (found, value) == (untouched, 3)
+    found, _, _ = load("optimizer")
+    assert found == saved | untouched
+    assert not torch.equal(torch.get_rng_state(), before)  # fresh_state() seeds
+    _, _, restored = load("rng")
+    assert restored
+    assert float(torch.rand(())) == draws
+    found, value, restored = load("model", "optimizer", "objects", "rng")
+    assert (found, value, restored) == (saved, 3, True)
+
+
+@pytest.mark.parametrize("include", [["weights"], [], "model", ["model", "modle"]])
+def test_parts_that_there_are_not(tmp_path: Path, include: Any) -> None:
+    with pytest.raises(ValueError, match="expected a list of some of model, optimizer"):
+        Checkpointer(tmp_path, read_only=True).load(tiny_state(), include=include)
+
+
+def test_a_model_is_loaded_for_a_run_without_optimizer(tmp_path: Path) -> None:
+    state = tiny_state()
+    with Checkpointer(tmp_path) as checkpointer:
+        checkpointer.save(1, state)
+    model = State(model=fresh_state().model)
+    with Checkpointer(tmp_path, read_only=True) as reader:
+        reader.load(model, include=["model"])
+        with pytest.raises(LoadFailedError, match="is not in this run"):
+            reader.load(model)
+    assert bits(model) == {k: v for k, v in bits(state).items() if k.startswith("model.")}
+
+
+def test_progress_of_a_load_is_told(tmp_path: Path) -> None:
+    seen: list[int] = []
+    state = tiny_state()
+    with Checkpointer(tmp_path) as checkpointer:
+        checkpointer.save(1, state)
+        checkpointer.load(state, on_bytes=seen.append)
+        manifest = checkpointer.inspect(1)
+    assert manifest is not None
+    assert seen == sorted(seen)
+    assert seen[-1] == manifest.packs[0].data_bytes

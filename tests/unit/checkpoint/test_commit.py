@@ -9,17 +9,27 @@ from pathlib import Path
 import pytest
 
 from everstep.checkpoint.commit import CheckpointDirectory
-from everstep.checkpoint.errors import LayoutError, ManifestError, StepNotFoundError
+from everstep.checkpoint.errors import (
+    CheckpointError,
+    LayoutError,
+    ManifestError,
+    SaveFailedError,
+    StepExistsError,
+    StepNotFoundError,
+)
 from everstep.checkpoint.layout import Box, Fragment, TensorSpec
 from everstep.checkpoint.lineage import StepId
-from everstep.checkpoint.manifest import Part
+from everstep.checkpoint.manifest import Part, decode_part, encode_part
 from everstep.checkpoint.pack import StridedBytes, plan_pack, write_pack
 
+Lineage = dict[str, int | None]
 SPEC = TensorSpec("model.w", "U8", (4,))
 HALVES = [Fragment(SPEC, Box((0,), (2,))), Fragment(SPEC, Box((2,), (2,)))]
 
 
-def _put_part(directory: CheckpointDirectory, step_id: StepId, rank: int) -> Part:
+def _put_part(
+    directory: CheckpointDirectory, step_id: StepId, rank: int, lineage: Lineage | None = None
+) -> Part:
     import numpy as np
 
     path = directory.begin_step(step_id)
@@ -28,6 +38,7 @@ def _put_part(directory: CheckpointDirectory, step_id: StepId, rank: int) -> Par
         plan_pack(rank, [HALVES[rank]]),
         lambda f: StridedBytes(np.full(2, rank, dtype=np.uint8), 0, (1,)),
     )
+    context = {"mesh": {"dp": 2}, "producer": {}, "objects": {}, "lineage": lineage or {}}
     part = Part(
         generation=step_id.generation,
         step=step_id.step,
@@ -35,17 +46,19 @@ def _put_part(directory: CheckpointDirectory, step_id: StepId, rank: int) -> Par
         world_size=2,
         pack=record,
         fragments=(HALVES[rank],),
-        context={"mesh": {"dp": 2}, "producer": {}, "objects": {}} if rank == 0 else {},
+        context=context if rank == 0 else {},
     )
     directory.put_part(part)
     return part
 
 
-def _save(directory: CheckpointDirectory, generation: int, *steps: int) -> list[StepId]:
+def _save(
+    directory: CheckpointDirectory, generation: int, *steps: int, lineage: Lineage | None = None
+) -> list[StepId]:
     step_ids = [StepId(generation, step) for step in steps]
     for step_id in step_ids:
         for rank in range(2):
-            _put_part(directory, step_id, rank)
+            _put_part(directory, step_id, rank, lineage)
         directory.commit(step_id, 2)
     return step_ids
 
@@ -98,8 +111,11 @@ def test_parts_that_overlap_are_no_step(directory: CheckpointDirectory) -> None:
 
 def test_a_part_is_never_replaced(directory: CheckpointDirectory) -> None:
     part = _put_part(directory, StepId(1, 7), 0)
+    directory.put_part(part)  # a request sent twice
     with pytest.raises(FileExistsError):
-        directory.put_part(part)
+        directory.put_part(replace(part, context={"another": "attempt"}))
+    with pytest.raises(FileExistsError):
+        directory.put_failure(StepId(1, 7), 0, "no room")
 
 
 def test_generations_are_numbered_and_kept(directory: CheckpointDirectory) -> None:
@@ -244,3 +260,75 @@ def test_files_that_were_copied_to_another_place_are_noticed(
     shutil.copy(generations / "00001.json", generations / "00002.json")
     with pytest.raises(ManifestError, match="it says that it is number 1"):
         directory.generations()
+
+
+@pytest.mark.parametrize("how", ["lost", "damaged"])
+def test_a_record_is_made_again_from_a_manifest(directory: CheckpointDirectory, how: str) -> None:
+    directory.create_generation(None, {})
+    _save(directory, 1, 10, 20, 30)
+    directory.create_generation(StepId(1, 10), {})
+    told = {"parent": 1, "fork_step": 10}
+    (saved,) = _save(directory, 2, 15, lineage=told)
+    assert directory.manifest(saved).lineage == told
+    path = directory.root / "generations" / "00002.json"
+    if how == "lost":
+        path.unlink()
+    else:
+        path.write_bytes(path.read_bytes()[:-9])
+    assert directory.lineage() == [StepId(1, 10), saved]
+    assert (directory.generations()[2].parent, directory.generations()[2].fork_step) == (1, 10)
+    assert directory.create_generation(saved, {}).number == 3
+    assert directory.lineage() == [StepId(1, 10), saved]
+
+
+def test_a_writer_that_failed_says_why(directory: CheckpointDirectory) -> None:
+    step_id = StepId(1, 7)
+    _put_part(directory, step_id, 0)
+    directory.put_failure(step_id, 1, "No space left on device")
+    assert directory.give_up(step_id, 2) == {1: "No space left on device"}
+    with pytest.raises(SaveFailedError, match="step 7 failed: rank 1: No space left") as caught:
+        directory.commit(step_id, 2)
+    assert caught.value.causes == {1: "No space left on device"}
+    assert directory.committed() == []
+    assert directory.collect_garbage() == [step_id]
+
+
+def test_a_writer_that_was_given_up_is_too_late(directory: CheckpointDirectory) -> None:
+    step_id = StepId(1, 7)
+    _put_part(directory, step_id, 0)
+    causes = {1: "it did not say in time that its pack is durable (hung or lost?)"}
+    assert directory.give_up(step_id, 2) == directory.give_up(step_id, 2) == causes
+    with pytest.raises(CheckpointError, match=r"rank 1 was given up: it did not say in time"):
+        _put_part(directory, step_id, 1)
+    with pytest.raises(SaveFailedError):
+        directory.commit(step_id, 2)
+
+
+def test_a_step_is_not_committed_with_other_content(directory: CheckpointDirectory) -> None:
+    (step_id,) = _save(directory, 1, 7)
+    part = directory.step_path(step_id) / "parts" / "00000.json"
+    changed = replace(
+        decode_part(part.read_bytes(), part),
+        context={"mesh": {"dp": 2}, "producer": {}, "objects": {"object.x": 1}},
+    )
+    part.write_bytes(encode_part(changed))
+    with pytest.raises(StepExistsError, match="step-00000007-g00001 exists"):
+        directory.commit(step_id, 2)
+
+
+def test_what_is_being_read_is_not_retired(directory: CheckpointDirectory) -> None:
+    directory.create_generation(None, {})
+    steps = _save(directory, 1, 10, 20, 30)
+    with directory.held(steps[0]):
+        assert directory.retire(keep=1, current=1) == [steps[1]]
+        assert directory.committed() == [steps[0], steps[2]]
+    assert directory.retire(keep=1, current=1) == [steps[0]]
+
+
+def test_a_killed_put_leaves_nothing_for_long(directory: CheckpointDirectory) -> None:
+    directory.create_generation(None, {})
+    left = directory.root / "generations" / "00002.json.1a2b3c4d.tmp"
+    left.write_bytes(b"half")
+    assert directory.newest_generation() == 1
+    directory.collect_garbage()
+    assert not left.exists()

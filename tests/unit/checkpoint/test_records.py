@@ -12,7 +12,8 @@ from everstep.checkpoint.errors import (
     ManifestVersionError,
 )
 from everstep.checkpoint.kernels import crc32c
-from everstep.checkpoint.records import decode_record, encode_record, read_bytes
+from everstep.checkpoint.records import decode_record, encode_record, read_record
+from everstep.checkpoint.store_local import LocalStore
 
 MEMBERS = {"step": 7, "name": "grün", "nested": {"list": [1, 2.5, None]}}
 
@@ -89,11 +90,12 @@ def test_values_that_are_not_json() -> None:
 
 
 def test_missing_and_absurdly_large_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    store = LocalStore(tmp_path)
     with pytest.raises(ManifestError, match=r"none\.json is damaged: the file is missing"):
-        read_bytes(tmp_path / "none.json")
+        read_record(store, "none.json")
     monkeypatch.setattr(records, "MAX_RECORD_BYTES", 10)
     (tmp_path / "big").write_bytes(bytes(11))
     with pytest.raises(ManifestError, match="larger than 10 bytes"):
-        read_bytes(tmp_path / "big")
+        read_record(store, "big")
     (tmp_path / "big").write_bytes(bytes(10))
-    assert read_bytes(tmp_path / "big") == bytes(10)
+    assert read_record(store, "big") == bytes(10)

@@ -5,7 +5,7 @@ import itertools
 import pytest
 
 from everstep.checkpoint.lineage import Generation, StepId, in_lineage
-from everstep.checkpoint.retention import superfluous
+from everstep.checkpoint.retention import abandoned, superfluous
 
 
 def _ids(text: str) -> list[StepId]:
@@ -49,3 +49,35 @@ def test_never_the_newest_whatever_the_history() -> None:
                 assert left == lineage[-keep:]
                 if not any(s.generation == 2 for s in committed):
                     assert all(s in lineage for s in gone)
+
+
+def _generations(**created_s: float) -> dict[int, Generation]:
+    return {
+        int(name[1:]): Generation(
+            number=int(name[1:]), parent=None, fork_step=None, created_s=at, mesh={}
+        )
+        for name, at in created_s.items()
+    }
+
+
+@pytest.mark.parametrize(
+    ("uncommitted", "now_s", "expected"),
+    [
+        ([StepId(2, 10)], 5000.0, [StepId(2, 10)]),  # it has committed a later one
+        ([StepId(2, 30)], 99999.0, []),  # being written
+        ([StepId(1, 50)], 5000.0, []),  # the older job may not know yet
+        ([StepId(1, 50)], 5600.0, [StepId(1, 50)]),
+        ([StepId(3, 1)], 99999.0, []),  # a generation that began just now
+    ],
+)
+def test_what_nobody_can_be_writing(
+    uncommitted: list[StepId], now_s: float, expected: list[StepId]
+) -> None:
+    generations = _generations(g1=1000.0, g2=2000.0)
+    committed = [StepId(1, 5), StepId(2, 20)]
+    found = abandoned(uncommitted, committed, generations, now_s=now_s, grace_s=3600.0)
+    assert found == expected
+
+
+def test_without_generations_nothing_is_abandoned() -> None:
+    assert abandoned([StepId(1, 1)], [], {}, now_s=1e12, grace_s=0.0) == []

@@ -1,0 +1,217 @@
+"""Reads boxes of tensors from an object store: parallel ranged requests, verified block by block.
+
+Beside the arrays that are filled, memory is needed for the windows under way only:
+``(AT_ONCE + 2) * WINDOW_BLOCKS`` blocks, 32 MiB.
+"""
+
+from collections import deque
+from collections.abc import Callable, Generator, Iterable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import closing
+from dataclasses import dataclass
+from itertools import islice
+
+import numpy as np
+from numpy.typing import NDArray
+
+from everstep.checkpoint.direct_io import ByteArray
+from everstep.checkpoint.errors import BlockChecksumError, PackHeaderError, PackTruncatedError
+from everstep.checkpoint.kernels import copy_box, crc32c, crc32c_blocks
+from everstep.checkpoint.layout import Box
+from everstep.checkpoint.manifest import Manifest
+from everstep.checkpoint.pack import BLOCK_BYTES, StridedBytes, dense_strides
+from everstep.checkpoint.ranged_plan import (
+    WINDOW_BLOCKS,
+    Blocks,
+    Piece,
+    Window,
+    needed_blocks,
+    pieces_of,
+    plan_windows,
+)
+from everstep.checkpoint.reshard import plan_load
+from everstep.checkpoint.store import Folder
+
+AT_ONCE = 6
+"""Requests under way."""
+
+Arrivals = Generator[tuple[Window, ByteArray], None, None]
+"""Windows with their bytes, in the order of the windows."""
+
+
+@dataclass(frozen=True)
+class Request:
+    """A box of a tensor, and the array of its shape to fill with it."""
+
+    name: str
+    box: Box
+    target: StridedBytes
+
+
+class RangedReader:
+    """Fills arrays with boxes of the tensors of one committed checkpoint."""
+
+    def __init__(self, folder: Folder, manifest: Manifest, *, threads: int = 1) -> None:
+        self.folder, self.manifest, self._threads = folder, manifest, threads
+        self.tables: dict[int, NDArray[np.uint32]] = {}
+        """For each pack that was opened, the checksums of its blocks."""
+
+    def plan(self, requests: Sequence[Request]) -> dict[int, list[Piece]]:
+        """For each pack that is needed, the pieces to copy out of it, ascending by their end."""
+        found: dict[int, list[Piece]] = {}
+        for number, request in enumerate(requests):
+            stored = self.manifest.tensors[request.name]
+            for copy in plan_load(stored.grid, stored.packs, request.box):
+                index = self.manifest.pack_indexes[copy.pack]
+                start, _ = index.starts[request.name, copy.cell.offset]
+                found.setdefault(copy.pack, []).extend(
+                    pieces_of(
+                        number, start, copy.cell, copy.box, stored.spec.item_bytes, BLOCK_BYTES
+                    )
+                )
+        for pieces in found.values():
+            pieces.sort(key=lambda p: (p.end, p.begin))
+        return dict(sorted(found.items()))
+
+    def needs(self, plan: dict[int, list[Piece]]) -> dict[int, Blocks]:
+        """The blocks that a plan touches, by pack."""
+        sizes = {pack: self.manifest.packs[pack].data_bytes for pack in plan}
+        return {pack: needed_blocks(plan[pack], sizes[pack], BLOCK_BYTES) for pack in plan}
+
+    def fill(
+        self, requests: Sequence[Request], on_bytes: Callable[[int], None] | None = None
+    ) -> None:
+        """Fill all arrays, reading every block that is needed once.
+
+        Raises:
+            DamagedError: a pack is not what the manifest says; part of the arrays may be filled.
+            OSError: as the store reports it.
+        """
+        plan = self.plan(requests)
+        needs = self.needs(plan)
+        self.open_packs(plan)
+        windows = [w for pack, blocks in needs.items() for w in plan_windows(pack, blocks)]
+        with closing(self.fetch_all(windows)) as arrivals:
+            self.copy(requests, plan, needs, arrivals, on_bytes)
+
+    def verify(self, pack: int) -> None:
+        """Check every byte of a pack, by its number in the manifest; raises DamagedError."""
+        self.open_packs([pack])
+        needed = np.ones(len(self.tables[pack]), np.bool_)
+        with closing(self.fetch_all(plan_windows(pack, needed))) as arrivals:
+            for window, data in arrivals:
+                self._check(window, data, needed)
+
+    def open_packs(self, packs: Iterable[int]) -> None:
+        """Check size, header and block table of packs; raises DamagedError."""
+        new = [pack for pack in packs if pack not in self.tables]
+        with ThreadPoolExecutor(AT_ONCE) as pool:
+            self.tables.update(zip(new, pool.map(self._read_table, new), strict=True))
+
+    def fetch_all(self, windows: Iterable[Window]) -> Arrivals:
+        """The bytes of windows, several requests at once; to be closed."""
+        todo = iter(windows)
+        pool = ThreadPoolExecutor(AT_ONCE, thread_name_prefix="everstep-read")
+        try:
+            waiting: deque[tuple[Window, Future[ByteArray]]] = deque(
+                (w, pool.submit(self.fetch, w)) for w in islice(todo, AT_ONCE)
+            )
+            while waiting:
+                window, future = waiting.popleft()
+                yield window, future.result()
+                waiting.extend((w, pool.submit(self.fetch, w)) for w in islice(todo, 1))
+        finally:
+            pool.shutdown(wait=True, cancel_futures=True)
+
+    def fetch(self, window: Window) -> ByteArray:
+        """The bytes of one window, not verified yet; raises PackTruncatedError, OSError."""
+        record = self.manifest.packs[window.pack]
+        begin = window.begin * BLOCK_BYTES
+        length = min(window.end * BLOCK_BYTES, record.data_bytes) - begin
+        return self._read(record.file, record.data_start + begin, length)
+
+    def copy(
+        self,
+        requests: Sequence[Request],
+        plan: dict[int, list[Piece]],
+        needs: dict[int, Blocks],
+        arrivals: Iterable[tuple[Window, ByteArray]],
+        on_bytes: Callable[[int], None] | None = None,
+    ) -> None:
+        """Verify windows as they arrive, in ascending order, and copy the pieces that they end."""
+        done, done_bytes = dict.fromkeys(plan, 0), 0
+        last: tuple[Window, ByteArray] | None = None
+        for window, data in arrivals:
+            self._check(window, data, needs[window.pack])
+            pieces = plan[window.pack]
+            begin, end = window.begin * BLOCK_BYTES, window.end * BLOCK_BYTES
+            while done[window.pack] < len(pieces) and pieces[done[window.pack]].end <= end:
+                piece = pieces[done[window.pack]]
+                done[window.pack] += 1
+                if piece.begin >= begin:
+                    self._place(requests[piece.request], piece, data, piece.begin - begin)
+                else:  # it begins in the window before: a piece is no longer than a block
+                    assert last is not None
+                    tail = last[1][piece.begin - begin :]
+                    joined = np.concatenate([tail, data[: piece.end - begin]])
+                    self._place(requests[piece.request], piece, joined, 0)
+                item_bytes = self.manifest.tensors[requests[piece.request].name].spec.item_bytes
+                done_bytes += piece.box.size * item_bytes
+            last = (window, data)
+            if on_bytes is not None:
+                on_bytes(done_bytes)
+
+    def _place(self, request: Request, piece: Piece, data: ByteArray, offset: int) -> None:
+        item_bytes = self.manifest.tensors[request.name].spec.item_bytes
+        target = request.target
+        inside = piece.box.relative_to(request.box)
+        copy_box(
+            target.buffer,
+            target.offset_bytes
+            + sum(i * s for i, s in zip(inside, target.strides_bytes, strict=True)),
+            target.strides_bytes,
+            data,
+            offset,
+            dense_strides(piece.cell.shape, item_bytes),
+            piece.box.shape,
+            item_bytes,
+            threads=self._threads,
+        )
+
+    def _check(self, window: Window, data: ByteArray, needed: Blocks) -> None:
+        expected = self.tables[window.pack][window.begin : window.end]
+        found = crc32c_blocks(data, BLOCK_BYTES, threads=self._threads)
+        bad = np.flatnonzero((found != expected) & needed[window.begin : window.end])
+        if len(bad):
+            at = int(bad[0])
+            where = self.folder.describe(self.manifest.packs[window.pack].file)
+            raise BlockChecksumError(where, window.begin + at, int(expected[at]), int(found[at]))
+
+    def _read_table(self, pack: int) -> NDArray[np.uint32]:
+        record = self.manifest.packs[pack]
+        where = self.folder.describe(record.file)
+        size = self.folder.size(record.file)
+        if size is None:
+            raise PackTruncatedError(where, "the file is missing")
+        if size != record.size_bytes:
+            raise PackTruncatedError(where, f"it has {size} bytes, expected {record.size_bytes}")
+        crc, step = 0, WINDOW_BLOCKS * BLOCK_BYTES
+        for begin in range(0, record.data_start, step):
+            length = min(step, record.data_start - begin)
+            crc = crc32c(self._read(record.file, begin, length), crc)
+        table_start = record.data_start + record.data_bytes
+        table = self._read(record.file, table_start, record.size_bytes - table_start)
+        if crc32c(table, crc) != record.crc32c:
+            raise PackHeaderError(where, "its header or checksum table does not match the manifest")
+        return table.view("<u4").astype(np.uint32)
+
+    def _read(self, file: str, offset: int, length: int) -> ByteArray:
+        try:
+            data = self.folder.read(file, offset, length)
+        except FileNotFoundError:
+            raise PackTruncatedError(self.folder.describe(file), "the file is missing") from None
+        if len(data) != length:
+            raise PackTruncatedError(
+                self.folder.describe(file), f"it ends before byte {offset + length}"
+            )
+        return np.frombuffer(data, np.uint8)
