@@ -173,7 +173,7 @@ class Survey:
 
 def survey(directory: CheckpointDirectory) -> Survey:
     """Look at every step of a directory; what is damaged is told, not raised."""
-    committed = set(directory.committed())
+    begun, committed = set(steps_in(directory.store)), set(directory.committed())
     lineage: set[StepId] | None = None
     problem = None
     try:
@@ -182,14 +182,9 @@ def survey(directory: CheckpointDirectory) -> Survey:
         problem = str(error)
     steps = [
         _look_at(directory, step_id, step_id in committed, lineage)
-        for step_id in sorted({*committed, *half_written(directory)}, key=lambda s: (s[1], s[0]))
+        for step_id in sorted(begun | committed, key=lambda s: (s.step, s.generation))
     ]
     return Survey(tuple(steps), problem)
-
-
-def half_written(directory: CheckpointDirectory) -> list[StepId]:
-    """Steps that were begun and are not committed: a save that runs, or that has failed."""
-    return sorted(set(steps_in(directory.store)) - set(directory.committed()))
 
 
 def _look_at(
