@@ -16,6 +16,7 @@ import torch
 from everstep.checkpoint.ballot import Ballot
 from everstep.checkpoint.collective import (
     Collective,
+    Outcome,
     SingleProcess,
     agree,
     on_rank0,
@@ -41,12 +42,21 @@ from everstep.checkpoint.torch_layout import LiveTensor, live_tensor
 from everstep.checkpoint.torch_load import (
     RNG_PREFIX,
     Selection,
-    load_into,
+    fill_together,
     prepare_load,
     selection,
+    tensors_to_fill,
 )
 from everstep.checkpoint.torch_rng import derive_rng, rng_states, set_rng_states
-from everstep.checkpoint.torch_state import State, objects_of, optimizer_of, tensors_of
+from everstep.checkpoint.torch_state import (
+    State,
+    load_objects,
+    object_destinations,
+    object_tensors,
+    objects_of,
+    optimizer_of,
+    tensors_of,
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -231,12 +241,7 @@ class Checkpointer:
                 stack.enter_context(self._directory.held(step_id))
             done = agree(self._collective, "prepared", prepare)
             if not done.causes:
-                marks = done.results
-                done = agree(
-                    self._collective,
-                    "loaded",
-                    lambda: self._read(step_id, stored[0], state, marks, wanted, on_bytes),
-                )
+                done = self._read(step_id, stored[0], state, done.results, wanted, on_bytes)
         if done.causes:
             others = [s for s in steps if s != step_id.step]
             raise LoadFailedError(step_id.step, done.causes, others) from done.error
@@ -285,7 +290,8 @@ class Checkpointer:
 
     def _capture(self, state: State) -> dict[Fragment, LiveTensor]:
         """What this rank holds; an empty shard of a tensor is nothing, an empty tensor is."""
-        found = [*tensors_of(state).values(), *self._live_rng().values()]
+        of_objects = object_tensors(state)
+        found = [*tensors_of(state).values(), *of_objects.values(), *self._live_rng().values()]
         return {
             t.fragment: t for t in found if t.fragment.box.size or not t.fragment.spec.size_bytes
         }
@@ -340,28 +346,35 @@ class Checkpointer:
         marks: Sequence[str],
         wanted: Selection,
         on_bytes: Callable[[int], None] | None,
-    ) -> tuple[int, bool]:
-        rng = self._live_rng() if "rng" in wanted.kinds else {}
-        specs = {t.spec for t in manifest.tensors.values()}
-        same = dict(manifest.mesh) == self._mesh and all(
-            t.fragment.spec in specs for t in rng.values()
-        )
+    ) -> Outcome:
+        """Each rank's result: the size of the checkpoint, whether its generators were restored."""
+        rng: dict[str, LiveTensor] = {}
+        fresh: dict[str, torch.Tensor] = {}
+        where = self._directory.describe(step_id)
+        mine, objects = wanted.state(state), wanted.objects(manifest)
+
+        def tensors() -> list[LiveTensor]:
+            specs = {n: t.spec for n, t in manifest.tensors.items()}
+            live = self._live_rng() if "rng" in wanted.kinds else {}
+            if dict(manifest.mesh) == self._mesh and all(
+                t.fragment.spec == specs.get(t.fragment.spec.name) for t in live.values()
+            ):
+                rng.update(live)
+            fresh.update(object_destinations(mine, objects, specs, where))
+            found = tensors_to_fill(state, manifest, wanted=wanted, marks=marks, where=where)
+            of_objects = [live_tensor(name, tensor) for name, tensor in fresh.items()]
+            return [*found, *of_objects, *rng.values()]
+
+        def finish() -> tuple[int, bool]:
+            load_objects(mine, objects, where, fresh)
+            if rng:
+                set_rng_states({name: t.local for name, t in rng.items()})
+            elif "rng" in wanted.kinds:
+                derive_rng(self._seed, step_id.step, self._coordinate)
+            return manifest.size_bytes, bool(rng)
+
         with self._directory.reader(step_id, manifest, threads=self._threads) as reader:
-            load_into(
-                state,
-                manifest,
-                reader,
-                wanted=wanted,
-                marks=marks,
-                rng=rng if same else {},
-                where=self._directory.describe(step_id),
-                on_bytes=on_bytes,
-            )
-        if rng and same:
-            set_rng_states({name: t.local for name, t in rng.items()})
-        elif rng:
-            derive_rng(self._seed, step_id.step, self._coordinate)
-        return manifest.size_bytes, bool(rng) and same
+            return fill_together(self._collective, reader, tensors, finish, on_bytes)
 
     def __enter__(self) -> "Checkpointer":
         return self

@@ -33,6 +33,7 @@ from everstep.checkpoint.generations import Generations
 from everstep.checkpoint.leases import free_to_delete, held_for_reading
 from everstep.checkpoint.lineage import Generation, StepId, in_lineage
 from everstep.checkpoint.manifest import (
+    Lineage,
     Manifest,
     Part,
     build_manifest,
@@ -269,7 +270,13 @@ class CheckpointDirectory:
             StepExistsError: the step is committed with other content.
         """
         parts = self._parts(step_id, world_size)
-        manifest = build_manifest(parts)
+        told = parts[0].context.get("lineage")
+        try:
+            lineage = Lineage(told["parent"], told["fork_step"]) if told else None
+        except (KeyError, TypeError) as e:
+            where = self.store.describe(part_key(step_id, 0))
+            raise ManifestError(where, f"its lineage is none: {e!r}") from None
+        manifest = build_manifest(parts, lineage)
         folder = step_key(step_id)
         self.store.settle([f"{folder}/parts", folder, ""])
         try:

@@ -180,7 +180,7 @@ def write_durable(path: Path, data: bytes) -> None:
         os.close(fd)
 
 
-def create_whole(path: Path, data: bytes, temporary: Path, *, settle: bool = True) -> None:
+def publish(path: Path, data: bytes, temporary: Path, *, settle: bool = True) -> None:
     """Make a file appear whole or not at all, its bytes durable, never replacing one.
 
     The bytes go to ``temporary`` (same directory, nobody else's), are synced, and are linked to
@@ -195,6 +195,7 @@ def create_whole(path: Path, data: bytes, temporary: Path, *, settle: bool = Tru
     Raises:
         FileExistsError: ``path`` exists.
     """
+    temporary.unlink(missing_ok=True)
     write_durable(temporary, data)
     try:
         os.link(temporary, path)

@@ -116,5 +116,6 @@ class Generations:
         for step_id in steps:
             if step_id.generation == number and is_committed(self._store, step_id):
                 with contextlib.suppress(ManifestError):
-                    return generation_from(number, self._manifest(step_id).lineage, where)
+                    if (told := self._manifest(step_id).lineage) is not None:
+                        return generation_from(number, told._asdict(), where)
         raise error or ManifestError(where, "the file is missing")

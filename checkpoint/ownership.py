@@ -98,6 +98,8 @@ class Ownership:
         if self.generation is not None:
             self._directory.check_newest(self.generation)
             return self.generation
+        if self._seen is not None:
+            self._directory.check_newest(self._seen)
         lineage = self._directory.lineage()
         if self.parent is None and lineage:
             raise CheckpointError(

@@ -61,13 +61,10 @@ class RangedReader:
         found: dict[int, list[Piece]] = {}
         for number, request in enumerate(requests):
             stored = self.manifest.tensors[request.name]
-            for copy in plan_load(stored.grid, stored.packs, request.box):
-                index = self.manifest.pack_indexes[copy.pack]
-                start, _ = index.starts[request.name, copy.cell.offset]
+            starts, item_bytes = self.manifest.starts(request.name), stored.spec.item_bytes
+            for copy in plan_load(stored.layout, stored.packs, starts, item_bytes, request.box):
                 found.setdefault(copy.pack, []).extend(
-                    pieces_of(
-                        number, start, copy.cell, copy.box, stored.spec.item_bytes, BLOCK_BYTES
-                    )
+                    pieces_of(number, copy.start, copy.cell, copy.box, item_bytes, BLOCK_BYTES)
                 )
         for pieces in found.values():
             pieces.sort(key=lambda p: (p.end, p.begin))
@@ -108,27 +105,37 @@ class RangedReader:
         with ThreadPoolExecutor(AT_ONCE) as pool:
             self.tables.update(zip(new, pool.map(self._read_table, new), strict=True))
 
-    def fetch_all(self, windows: Iterable[Window]) -> Arrivals:
-        """The bytes of windows, several requests at once; to be closed."""
-        todo = iter(windows)
+    def n_blocks(self, pack: int) -> int:
+        """How many blocks a pack has."""
+        return -(-self.manifest.packs[pack].data_bytes // BLOCK_BYTES)
+
+    def window_bytes(self, window: Window) -> int:
+        """The size of a window; the last block of a pack may be short."""
+        end = min(window.end * BLOCK_BYTES, self.manifest.packs[window.pack].data_bytes)
+        return end - window.begin * BLOCK_BYTES
+
+    def fetch_all(
+        self, windows: Iterable[Window], fetch: Callable[[Window], ByteArray] | None = None
+    ) -> Arrivals:
+        """The bytes of windows (or what ``fetch`` makes of one), several at once; to be closed."""
+        todo, fetch = iter(windows), fetch or self.fetch
         pool = ThreadPoolExecutor(AT_ONCE, thread_name_prefix="everstep-read")
         try:
             waiting: deque[tuple[Window, Future[ByteArray]]] = deque(
-                (w, pool.submit(self.fetch, w)) for w in islice(todo, AT_ONCE)
+                (w, pool.submit(fetch, w)) for w in islice(todo, AT_ONCE)
             )
             while waiting:
                 window, future = waiting.popleft()
                 yield window, future.result()
-                waiting.extend((w, pool.submit(self.fetch, w)) for w in islice(todo, 1))
+                waiting.extend((w, pool.submit(fetch, w)) for w in islice(todo, 1))
         finally:
             pool.shutdown(wait=True, cancel_futures=True)
 
     def fetch(self, window: Window) -> ByteArray:
         """The bytes of one window, not verified yet; raises PackTruncatedError, OSError."""
         record = self.manifest.packs[window.pack]
-        begin = window.begin * BLOCK_BYTES
-        length = min(window.end * BLOCK_BYTES, record.data_bytes) - begin
-        return self._read(record.file, record.data_start + begin, length)
+        begin = record.data_start + window.begin * BLOCK_BYTES
+        return self._read(record.file, begin, self.window_bytes(window))
 
     def copy(
         self,

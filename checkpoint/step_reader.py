@@ -13,7 +13,7 @@ import numpy as np
 
 from everstep.checkpoint.direct_io import ByteArray
 from everstep.checkpoint.errors import CheckpointError
-from everstep.checkpoint.layout import Box
+from everstep.checkpoint.layout import Box, Fragment
 from everstep.checkpoint.manifest import Manifest
 from everstep.checkpoint.pack import PackReader, StridedBytes, dense_strides
 from everstep.checkpoint.ranged_read import RangedReader, Request
@@ -125,15 +125,15 @@ class StepReader:
 
     def _fill_mapped(self, request: Request) -> None:
         stored = self.manifest.tensors[request.name]
+        starts, item_bytes = self.manifest.starts(request.name), stored.spec.item_bytes
         target = request.target
-        for copy in plan_load(stored.grid, stored.packs, request.box):
-            index = self.manifest.pack_indexes[copy.pack]
-            start, fragment = index.starts[request.name, copy.cell.offset]
+        for copy in plan_load(stored.layout, stored.packs, starts, item_bytes, request.box):
             inside = copy.box.relative_to(request.box)
             offset = target.offset_bytes + sum(
                 i * s for i, s in zip(inside, target.strides_bytes, strict=True)
             )
-            self._pack(copy.pack).read_box(fragment, start, copy.box, target, offset)
+            fragment = Fragment(stored.spec, copy.cell)
+            self._pack(copy.pack).read_box(fragment, copy.start, copy.box, target, offset)
 
     def _pack(self, number: int) -> PackReader:
         if number not in self._packs:

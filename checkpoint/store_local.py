@@ -8,8 +8,8 @@ from pathlib import Path
 
 from everstep.checkpoint.direct_io import (
     StreamWriter,
-    create_whole,
     make_directory,
+    publish,
     sync_directory,
 )
 from everstep.checkpoint.store import check_key
@@ -60,7 +60,7 @@ class LocalStore:
         else:
             path.parent.mkdir(parents=True, exist_ok=True)
         temporary = path.with_name(f"{path.name}.{os.urandom(4).hex()}{TEMPORARY_SUFFIX}")
-        create_whole(path, data, temporary, settle=settle)
+        publish(path, data, temporary, settle=settle)
 
     def writer(self, key: str, size_bytes: int) -> StreamWriter:
         path = self.root / check_key(key)

@@ -4,11 +4,13 @@ Never the default group: a background exchange would collide with the trainer's 
 """
 
 import zlib
+from collections.abc import Sequence
 from datetime import timedelta
 
 import torch
 import torch.distributed as dist
 
+from everstep.checkpoint.direct_io import ByteArray
 from everstep.checkpoint.errors import CollectiveError
 
 
@@ -42,6 +44,26 @@ class ProcessGroupCollective:
                 f"rank {self.rank} lost contact with the other ranks at {tag!r}: {e}"
             ) from e
         return [data[:size].numpy().tobytes() for data, size in zip(received, sizes, strict=True)]
+
+    def swap(
+        self, sends: Sequence[tuple[int, ByteArray]], receives: Sequence[tuple[int, ByteArray]]
+    ) -> None:
+        """See ``shared_read.Peers.swap``."""
+        try:
+            works = [
+                dist.isend(torch.from_numpy(data), rank, group=self._group) for rank, data in sends
+            ]
+            works += [
+                dist.irecv(torch.from_numpy(data), rank, group=self._group)
+                for rank, data in receives
+            ]
+            for work in works:
+                if work is not None:
+                    work.wait()
+        except RuntimeError as e:
+            raise CollectiveError(
+                f"rank {self.rank} lost contact with the other ranks while they shared packs: {e}"
+            ) from e
 
     def _gather(self, mine: torch.Tensor) -> list[torch.Tensor]:
         gathered = [torch.empty_like(mine) for _ in range(self.world_size)]

@@ -61,7 +61,7 @@ def fill_tensors(
     for tensor in tensors:
         (in_place if tensor.local.device.type == "cpu" else staged).append(tensor)
     with torch.no_grad():
-        reader.fill_all([_request(t, t.fragment.box, t.local) for t in in_place], told)
+        reader.fill_all(host_requests(in_place), told)
         before_bytes = sum(t.fragment.size_bytes for t in in_place)
         for batch in _batches(staged):
             hosts = [torch.empty_like(part, device="cpu") for _, _, part in batch]
@@ -71,6 +71,11 @@ def fill_tensors(
             for (_, _, part), host in zip(batch, hosts, strict=True):
                 part.copy_(host)
             before_bytes += sum(host.nbytes for host in hosts)
+
+
+def host_requests(tensors: Iterable[LiveTensor]) -> list[Request]:
+    """What to read for tensors of the host, straight into them."""
+    return [_request(t, t.fragment.box, t.local) for t in tensors]
 
 
 Part = tuple[LiveTensor, Box, torch.Tensor]

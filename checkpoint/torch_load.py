@@ -1,16 +1,21 @@
 """Loading: which parts of a checkpoint are wanted, and how they get into the live state."""
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
+import torch
+
+from everstep.checkpoint.collective import Collective, Outcome, agree
 from everstep.checkpoint.errors import StateMismatchError
 from everstep.checkpoint.layout import TensorSpec
 from everstep.checkpoint.manifest import Manifest
 from everstep.checkpoint.reshard import held_nowhere, layout_differences, mark_held
+from everstep.checkpoint.shared_read import Peers, SharedRead
 from everstep.checkpoint.step_reader import StepReader
-from everstep.checkpoint.torch_io import fill_tensors
+from everstep.checkpoint.torch_io import fill_tensors, host_requests
 from everstep.checkpoint.torch_layout import LiveTensor
-from everstep.checkpoint.torch_state import State, load_objects, materialise_optimizer, tensors_of
+from everstep.checkpoint.torch_state import State, materialise_optimizer, tensors_of
 
 KINDS = ("model", "optimizer", "objects", "rng")
 RNG_PREFIX = "rng."
@@ -37,7 +42,7 @@ class Selection:
         found = tensors_of(self.state(state)).items()
         return {n: t for n, t in found if n.split(".")[0] in self._tensors}
 
-    def objects(self, manifest: Manifest) -> dict[str, object]:
+    def objects(self, manifest: Manifest) -> dict[str, Any]:
         """The stored objects that are wanted."""
         return {
             name: value
@@ -70,22 +75,18 @@ def prepare_load(manifest: Manifest, state: State, wanted: Selection) -> str:
     return mark_held(wanted.tensors(state), specs)
 
 
-def load_into(
+def tensors_to_fill(
     state: State,
     manifest: Manifest,
-    reader: StepReader,
     *,
     wanted: Selection,
     marks: Sequence[str],
-    rng: Mapping[str, LiveTensor],
     where: str,
-    on_bytes: Callable[[int], None] | None,
-) -> None:
-    """Fill the wanted parts of a live state, and the generators' states ``rng``.
+) -> list[LiveTensor]:
+    """The tensors of model and optimizer that are to be filled.
 
     Raises:
         StateMismatchError: the checkpoint does not hold what this run has.
-        DamagedError: a pack is not what the manifest says.
     """
     specs, live = wanted.specs(manifest), wanted.tensors(state)
     needed = held_nowhere(specs, marks) | live.keys()  # the others are another rank's
@@ -95,5 +96,58 @@ def load_into(
     )
     if differences:
         raise StateMismatchError(where, differences)
-    load_objects(wanted.state(state), wanted.objects(manifest), where)  # type: ignore[arg-type]
-    fill_tensors([*live.values(), *rng.values()], reader, on_bytes=on_bytes)
+    return list(live.values())
+
+
+def fill_together(
+    collective: Collective,
+    reader: StepReader,
+    tensors: Callable[[], list[LiveTensor]],
+    finish: Callable[[], Any],
+    on_bytes: Callable[[int], None] | None,
+) -> Outcome:
+    """Fill tensors on every rank; the outcome has what ``finish`` returned there.
+
+    From an object store each byte is fetched once and sent to all ranks that need it, where ranks
+    can send and their tensors are on the host; else every rank fetches its own.
+
+    Args:
+        collective: the ranks.
+        reader: of the checkpoint.
+        tensors: says what to fill; its errors are causes, too.
+        finish: called when the tensors are filled; JSON-able.
+        on_bytes: called with the bytes filled so far.
+    """
+    live: list[LiveTensor] = []
+    shared: list[SharedRead] = []
+
+    def alone() -> Any:
+        fill_tensors(live or tensors(), reader, on_bytes=on_bytes)
+        return finish()
+
+    if reader.ranged is None or collective.world_size == 1 or not isinstance(collective, Peers):
+        return agree(collective, "loaded", alone)
+    ranged, peers = reader.ranged, collective
+
+    def plan() -> dict[str, str] | None:
+        live.extend(tensors())
+        if any(t.local.device.type != "cpu" for t in live):
+            return None
+        shared.append(SharedRead(ranged, peers, host_requests(live)))
+        return shared[0].needs()
+
+    planned = agree(collective, "planned", plan)
+    if planned.causes:
+        return planned
+    if None in planned.results:
+        return agree(collective, "loaded", alone)
+    opened = agree(collective, "opened", lambda: shared[0].open(planned.results))
+    if opened.causes:
+        return opened
+
+    def fill() -> Any:
+        with torch.no_grad():
+            shared[0].fill(opened.results, on_bytes)
+        return finish()
+
+    return agree(collective, "loaded", fill)

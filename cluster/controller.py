@@ -140,7 +140,7 @@ class Controller:
 
     def _take_in(self, rank: int, report: Report) -> None:
         kind = report["kind"]
-        if kind != "step":
+        if kind not in ("step", "transfer"):
             self._events.append(**{**report, "rank": rank})
         if kind == "started":
             self._happen(RankStarted(rank))

@@ -139,7 +139,7 @@ class _Shown:
             self._error = report
         elif report["kind"] == "saved":
             self._saved_step = report["step"]
-        if self.events is not None and report["kind"] != "step":
+        if self.events is not None and report["kind"] not in ("step", "transfer"):
             self.events.append(**report)
         if self.view is not None:
             self.view.show(report, time.monotonic())

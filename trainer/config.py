@@ -262,6 +262,10 @@ class CheckpointConfig(Section):
     """Save after every this many steps; 0 = only at the end and when asked to stop."""
     keep: int = Field(default=3, ge=1)
     """Newest checkpoints kept; older ones are deleted."""
+    directory: str | None = None
+    """Where checkpoints live: a path (below the run directory, if it is relative) or the URL of any
+    fsspec file system, such as s3://bucket/run7; nothing = checkpoints. Credentials and endpoints
+    come from the environment, as the file system's library reads it."""
 
 
 class MetricsConfig(Section):

@@ -18,6 +18,9 @@ from everstep.trainer.meter import StepMeter
 from everstep.trainer.metrics import MetricSink
 from everstep.trainer.rank_spec import StopRequested
 
+TRANSFER_EVERY_S = 0.5
+"""Least time between two reports of a save or load that is under way."""
+
 Say = Callable[..., None]
 """``say(kind, **facts)``: a report to the launcher."""
 
@@ -117,9 +120,23 @@ def evaluate(run: Run) -> float:
 
 def save(run: Run) -> None:
     """Save the state after the steps done so far."""
-    info = run.checkpointer.save(run.done_steps, run.engine.state(run.stream))
+    told = transfer_teller(run.say, f"saving step {run.done_steps}")
+    info = run.checkpointer.save(run.done_steps, run.engine.state(run.stream), on_bytes=told)
     run.saved_step = info.step
     run.say("saved", step=info.step, path=info.path, bytes=info.size_bytes, seconds=info.duration_s)
+
+
+def transfer_teller(say: Say, what: str) -> Callable[[int], None]:
+    """Reports how many bytes this rank has moved, now and then; the first time after a while."""
+    told_s = time.monotonic()
+
+    def told(done_bytes: int) -> None:
+        nonlocal told_s
+        if time.monotonic() - told_s > TRANSFER_EVERY_S:
+            told_s = time.monotonic()
+            say("transfer", what=what, bytes=done_bytes)
+
+    return told
 
 
 def _due(step: int, every: int) -> bool:

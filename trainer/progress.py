@@ -87,6 +87,7 @@ class ProgressView:
         self._name = name
         self._pace = Pace()
         self._status = ""
+        self._transfer = ""
         self._step: Report | None = None
         self._step_shown: Any = None
         self._shown_at_s = float("-inf")
@@ -122,6 +123,10 @@ class ProgressView:
 
     def show(self, report: Report, now_s: float) -> None:
         """Take in a report; steps update the view, others may get a line of their own."""
+        if report["kind"] == "transfer":
+            self._show_transfer(report, now_s)
+            return
+        self._transfer = ""
         if report["kind"] == "step":
             self._pace.update(report["step"], now_s)
             self._step = report
@@ -134,6 +139,13 @@ class ProgressView:
             self._summary += [str(line) for line in report["lines"]]
         elif (line := report_line(report)) is not None:
             self.line(line)
+
+    def _show_transfer(self, report: Report, now_s: float) -> None:
+        """A save or load under way: in the live view, or a line now and then."""
+        self._transfer = f"{report['what']}: {short_bytes(report['bytes'])} on rank 0"
+        if not self._on_terminal and now_s - self._shown_at_s >= PLAIN_EVERY_S:
+            self._shown_at_s = now_s
+            self.line(self._transfer)
 
     def line(self, text: str, style: str = "") -> None:
         """Print a line (above the bar, where there is one)."""
@@ -170,7 +182,9 @@ class ProgressView:
 
     def _bar(self) -> Table | Text:
         if self._step is None:
-            return Text(f"{self._name}: {self._status}", style="dim")
+            return Text(f"{self._name}: {self._transfer or self._status}", style="dim")
+        if self._transfer:
+            return Text(f"{self._name}: step {self._step['step']}  {self._transfer}")
         step, steps = self._step["step"], self._step["steps"]
         text = "  ".join(step_parts(self._step, self._pace.left_s(steps)))
         name = self._name if len(self._name) <= 20 else f"{self._name[:19]}…"

@@ -62,7 +62,7 @@ def summarise(
         "",
         f"Everything is in {run_dir}/",
         "  metrics.jsonl  loss of every step    config.yaml  the resolved run",
-        f"  checkpoints/   step {run.saved_step} is durable    logs/  of every rank",
+        f"  {_checkpoints(run)}   step {run.saved_step} is durable    logs/  of every rank",
         "Try next:",
         *_command(more),
         "      goes on from here, twice as far",
@@ -70,6 +70,11 @@ def summarise(
         "      everything that can be changed",
     ]
     return lines
+
+
+def _checkpoints(run: "Run") -> str:
+    directory = run.config.checkpoint.directory
+    return "checkpoints/" if directory is None else f"checkpoints in {directory}"
 
 
 def speed_words(speed: Mapping[str, float]) -> str:

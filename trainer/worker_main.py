@@ -12,6 +12,7 @@ import torch.distributed as dist
 from everstep.checkpoint.checkpointer import Checkpointer, StepInfo
 from everstep.checkpoint.collective import Collective, on_rank0
 from everstep.checkpoint.errors import CheckpointError
+from everstep.checkpoint.stores import is_url
 from everstep.checkpoint.torch_collective import ProcessGroupCollective
 from everstep.checkpoint.torch_rng import derive_rng
 from everstep.trainer.config import RunConfig
@@ -20,7 +21,7 @@ from everstep.trainer.data import Corpus, TrainStream, check_held_out_fits, open
 from everstep.trainer.data.prefetch import BatchStream, prefetched
 from everstep.trainer.device import prepare_device
 from everstep.trainer.engine import TorchEngine
-from everstep.trainer.loop import Run, Say, train
+from everstep.trainer.loop import Run, Say, train, transfer_teller
 from everstep.trainer.mesh_shape import (
     MeshShape,
     check_config,
@@ -97,7 +98,7 @@ def _run(
     source = TrainStream(corpus, config.data, config.seed, dp_rank, shape.dp)
     with (
         Checkpointer(
-            run_dir / "checkpoints",
+            checkpoint_place(run_dir, config.checkpoint.directory),
             keep=config.checkpoint.keep,
             collective=collective,
             mesh={axis: getattr(shape, axis) for axis in coordinate},
@@ -144,6 +145,13 @@ def _run(
         say("summary", lines=summarise(run, run_dir, nproc, sample, spec.launch))
         say("done", step=run.done_steps)
         return EXIT_DONE
+
+
+def checkpoint_place(run_dir: Path, directory: str | None) -> Path | str:
+    """Where a run keeps its checkpoints, from ``checkpoint.directory``."""
+    if directory is None:
+        return run_dir / "checkpoints"
+    return directory if is_url(directory) else run_dir / directory
 
 
 def _choose_device(config: RunConfig, spec: RankSpec) -> torch.device:
@@ -234,7 +242,8 @@ def _resume(
         return None
     step = None if spec.resume == "auto" else int(spec.resume)
     steps = checkpointer.steps()
-    checkpointer.load(engine.state(stream), step)
+    told = transfer_teller(say, "loading a checkpoint")
+    checkpointer.load(engine.state(stream), step, on_bytes=told)
     info = checkpointer.loaded
     if info is not None:
         engine.follow_config()

@@ -8,7 +8,8 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import nn
-from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import (
     DTensor,
@@ -20,8 +21,9 @@ from torch.distributed.tensor import (
 from torch.distributed.tensor.placement_types import _StridedShard
 from torch.nn.parallel import DistributedDataParallel
 
+from everstep.checkpoint.coverage import grid_of
 from everstep.checkpoint.errors import CollectiveError, LayoutError
-from everstep.checkpoint.layout import Box, TensorSpec, grid_of
+from everstep.checkpoint.layout import Box, TensorSpec
 from everstep.checkpoint.torch_collective import ProcessGroupCollective
 from everstep.checkpoint.torch_layout import live_tensor
 from everstep.checkpoint.torch_state import named_tensors
@@ -153,34 +155,77 @@ def test_layouts_that_cannot_be_saved_are_named() -> None:
         assert "strided by other than what follows" in strided
 
 
-def _wrapped_names(rank: int, world_size: int) -> list[list[str]]:
-    def build() -> nn.Module:
-        return nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2))
+def _elsewhere(rank: int, world_size: int) -> tuple[int, int]:
+    """What ranks hold of a tensor whose mesh is the first of them only."""
+    mesh = DeviceMesh("cpu", [0])
+    local = torch.ones(3, 2) if rank == 0 else torch.ones(0)
+    tensor = DTensor.from_local(local, mesh, [Shard(0)], shape=(3, 2), stride=(2, 1))
+    scalar = DTensor.from_local(torch.ones(()), mesh, [Replicate()], shape=(), stride=())
+    return tuple(live_tensor(t, x).fragment.box.size for t, x in (("t", tensor), ("s", scalar)))  # type: ignore[return-value]
 
+
+def test_a_tensor_on_a_mesh_of_other_ranks_is_theirs() -> None:
+    assert run_ranks(_elsewhere, 2) == [(6, 1), (0, 0)]
+
+
+def _build() -> nn.Module:
+    return nn.Sequential(nn.Linear(2, 2), nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2)))
+
+
+def _nestings(mesh: DeviceMesh) -> dict[str, nn.Module]:
+    """Wrappers around blocks, and others around the whole, in every combination."""
+
+    def plain(module: nn.Module) -> nn.Module:
+        return module
+
+    def compiled(module: nn.Module) -> Any:
+        return torch.compile(module)
+
+    def recomputed(module: nn.Module) -> Any:
+        return checkpoint_wrapper(module)
+
+    def sharded(module: nn.Module) -> Any:
+        return fully_shard(module, mesh=mesh)
+
+    orders = [
+        (plain,), (compiled,), (recomputed,), (sharded,), (compiled, recomputed),
+        (recomputed, compiled), (sharded, compiled), (sharded, recomputed), (compiled, sharded),
+        (sharded, recomputed, compiled), (sharded, compiled, recomputed),
+    ]  # fmt: skip
+    ddp = DistributedDataParallel
+    roots = [*orders, (ddp,), (ddp, compiled), (compiled, ddp), (ddp, recomputed, compiled)]
+    found = {}
+    for inner, outer in itertools.product(orders, roots):
+        if sharded in inner and ddp in outer:
+            continue
+        model: Any = _build()
+        for wrap in reversed(inner):
+            model[1] = wrap(model[1])
+        for wrap in reversed(outer):
+            model = wrap(model)
+        key = " of ".join("(".join(w.__name__ for w in order) for order in (outer, inner))
+        found[key] = model
+    return found
+
+
+def _wrapped_names(rank: int, world_size: int) -> dict[str, list[str]]:
     mesh = init_device_mesh("cpu", (2,))
-    sharded = build()
-    fully_shard(sharded[0], mesh=mesh)
-    fully_shard(sharded, mesh=mesh)
+    models = _nestings(mesh)
+    gathered = fully_shard(_build(), mesh=mesh)
     with torch.no_grad():
-        sharded(torch.ones(2, 2))  # leaves the root gathered
-    compiled = torch.compile(build())
-    fully_shard(compiled, mesh=mesh)
-    models = [
-        build(),
-        DistributedDataParallel(build()),
-        torch.compile(DistributedDataParallel(build())),
-        DistributedDataParallel(torch.compile(build())),
-        sharded,
-        compiled,
-    ]
-    assert all(isinstance(t, DTensor) for t in named_tensors(sharded).values() if t.requires_grad)
-    return [sorted(named_tensors(model)) for model in models]
+        gathered(torch.ones(2, 2))  # leaves the root gathered
+    named = named_tensors(gathered)
+    assert all(isinstance(t, DTensor) for t in named.values() if t.requires_grad)
+    return {k: sorted(named_tensors(m)) for k, m in models.items()} | {"gathered": sorted(named)}
 
 
-def test_names_do_not_depend_on_distributed_wrappers() -> None:
+@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
+def test_names_do_not_depend_on_wrappers_in_any_nesting() -> None:
+    expected = sorted(named_tensors(_build()))
+    assert "1.0.weight" in expected
     for names in run_ranks(_wrapped_names, 2):
-        assert names == [names[0]] * len(names)
-        assert "0.weight" in names[0]
+        assert len(names) > 100
+        assert {nesting for nesting, found in names.items() if found != expected} == set()
 
 
 def _exchange(rank: int, world_size: int) -> Any:

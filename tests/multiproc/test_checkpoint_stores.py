@@ -1,5 +1,7 @@
 """The whole life of checkpoints in stores without files: memory, and S3 with a real server."""
 
+import time
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -42,6 +44,12 @@ def store(request: pytest.FixtureRequest) -> Store:
         return MemoryStore()
     server: S3Server = request.getfixturevalue("s3")
     return FsspecStore(server.new_url(), server.options)
+
+
+SLOW_ON_S3 = pytest.mark.parametrize(
+    "store", ["memory", pytest.param("s3", marks=pytest.mark.slow)], indirect=True
+)
+"""For tests that the whole life on S3 covers nearly."""
 
 
 def _steps(store: Store) -> list[str]:
@@ -87,6 +95,7 @@ def test_of_two_jobs_that_go_on_from_one_step_one_wins(store: Store) -> None:
     assert CheckpointDirectory(store).committed() == [StepId(1, 1), StepId(2, 2), StepId(2, 3)]
 
 
+@SLOW_ON_S3
 def test_two_jobs_that_begin_at_once(store: Store) -> None:
     state = tiny_state()
 
@@ -104,6 +113,7 @@ def test_two_jobs_that_begin_at_once(store: Store) -> None:
     assert CheckpointDirectory(store).lineage() == [StepId(1, 1)]
 
 
+@SLOW_ON_S3
 def test_a_job_whose_directory_was_taken_over_stops(store: Store) -> None:
     state = tiny_state()
     old = Checkpointer(store, keep=1)
@@ -119,6 +129,7 @@ def test_a_job_whose_directory_was_taken_over_stops(store: Store) -> None:
     assert CheckpointDirectory(store).committed() == [StepId(2, 4)]
 
 
+@SLOW_ON_S3
 def test_damage_is_named(store: Store) -> None:
     state = tiny_state()
     with Checkpointer(store) as checkpointer:
@@ -192,7 +203,7 @@ def test_the_whole_life_on_s3(s3: S3Server) -> None:
     directory = CheckpointDirectory(FsspecStore(url, s3.options))
     assert directory.lineage() == [StepId(1, 7), StepId(2, 8)]
     manifest = directory.manifest(StepId(2, 8))
-    assert (manifest.lineage, len(manifest.packs)) == ({"parent": 1, "fork_step": 7}, 2)
+    assert (manifest.lineage, len(manifest.packs)) == ((1, 7), 2)
     with directory.reader(StepId(2, 8)) as reader:
         for pack in range(2):
             reader.verify(pack)
@@ -204,3 +215,31 @@ def test_the_whole_life_on_s3(s3: S3Server) -> None:
     assert directory.collect_garbage(grace_s=0.0) == [half]
     with pytest.raises(CheckpointError, match="is not a local folder"):
         directory.step_path(half)
+
+
+def _hang(rank: int, world_size: int, root: Path) -> tuple[str, float]:
+    """Rank 1 sleeps while it should write; what each rank is told, and when."""
+    state = State(model=nn.Linear(4, 4))
+    with Checkpointer(root, collective=ProcessGroupCollective(timeout_s=3)) as checkpointer:
+        checkpointer.save(1, state)
+        if rank == 1:
+            checkpointer._write = lambda *_: time.sleep(6)  # type: ignore[method-assign]
+        begun_s = time.monotonic()
+        try:
+            checkpointer.save(2, state)
+        except CheckpointError as e:
+            return str(e), time.monotonic() - begun_s
+    return "", 0.0
+
+
+@pytest.mark.slow
+@pytest.mark.multiproc
+def test_a_rank_that_hangs_is_named_at_the_deadline(tmp_path: Path) -> None:
+    told = run_ranks(_hang, 3, tmp_path, timeout_s=60)
+    for rank in (0, 2):
+        text, waited_s = told[rank]
+        assert "saving step 2 failed: rank 1: it did not say in time" in text
+        assert waited_s < 20
+    assert told[1][0]
+    with Checkpointer(tmp_path, read_only=True) as reader:
+        assert reader.steps() == [1]

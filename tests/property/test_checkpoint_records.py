@@ -2,6 +2,7 @@
 
 import copy
 import json
+import tracemalloc
 from collections.abc import Callable
 from typing import Any
 
@@ -10,9 +11,10 @@ from hypothesis import strategies as st
 
 from everstep.checkpoint.errors import EverstepError, ManifestError
 from everstep.checkpoint.grid_codec import decode_bounds, decode_runs, encode_bounds, encode_runs
-from everstep.checkpoint.layout import Box, Fragment, TensorSpec
+from everstep.checkpoint.layout import Box, Fragment, TensorSpec, flat_fragment
 from everstep.checkpoint.lineage import Generation, decode_generation, encode_generation
 from everstep.checkpoint.manifest import (
+    Lineage,
     Part,
     build_manifest,
     decode_manifest,
@@ -23,12 +25,20 @@ from everstep.checkpoint.manifest import (
 from everstep.checkpoint.pack import PackRecord, plan_pack
 from everstep.checkpoint.plain_json import from_json, to_json
 from everstep.checkpoint.records import encode_record
+from everstep.checkpoint.reshard import byte_ranges, plan_load
 
 
 def _part(rank: int) -> Part:
     weight, scalar = TensorSpec("model.w", "F32", (5, 4)), TensorSpec("model.s", "I64", ())
-    rows = Fragment(weight, Box((3 * rank, 0), (3 - rank, 4)))
-    plan = plan_pack(rank, [rows] if rank else [rows, Fragment(scalar, scalar.whole)])
+    boxes, flat = TensorSpec("model.b", "U8", (2, 3)), TensorSpec("model.f", "F16", (3, 3))
+    of_boxes = [Box((0, 0), (1, 3)), Box((1, 1), (1, 2))] if rank == 0 else [Box((1, 0), (1, 1))]
+    held = [
+        Fragment(weight, Box((3 * rank, 0), (3 - rank, 4))),
+        *(Fragment(boxes, box) for box in of_boxes),
+        flat_fragment(flat, 4 * rank, 4 + 5 * rank),
+        *([] if rank else [Fragment(scalar, scalar.whole)]),
+    ]
+    plan = plan_pack(rank, held)
     return Part(
         generation=2,
         step=30,
@@ -51,7 +61,10 @@ def _part(rank: int) -> Part:
 
 GENERATION = Generation(number=2, parent=1, fork_step=5, created_s=1.5, mesh={"dp": 2})
 RECORDS: dict[str, tuple[bytes, Callable[[bytes, str], Any]]] = {
-    "everstep_manifest": (encode_manifest(build_manifest([_part(0), _part(1)])), decode_manifest),
+    "everstep_manifest": (
+        encode_manifest(build_manifest([_part(0), _part(1)], Lineage(1, 5))),
+        decode_manifest,
+    ),
     "everstep_part": (encode_part(_part(0)), decode_part),
     "everstep_generation": (encode_generation(GENERATION), decode_generation),
 }
@@ -145,6 +158,50 @@ def test_a_manifest_that_decodes_can_be_used(data: st.DataObject) -> None:
     for record, index in zip(manifest.packs, manifest.pack_indexes, strict=True):
         for start, fragment in index.starts.values():
             assert 0 <= start <= start + fragment.size_bytes <= record.data_bytes
+    for stored in manifest.tensors.values():
+        starts, item_bytes = manifest.starts(stored.spec.name), stored.spec.item_bytes
+        copies = plan_load(stored.layout, stored.packs, starts, item_bytes, stored.spec.whole)
+        assert sum(copy.box.size for copy in copies) == stored.spec.whole.size
+        for found in byte_ranges(copies, item_bytes, 0):
+            assert 0 <= found.begin < found.end <= manifest.packs[found.pack].data_bytes
+
+
+@given(st.data())
+@settings(max_examples=150, deadline=None)
+def test_whatever_a_manifest_says_is_decoded_in_bounded_memory_and_stays_inside(
+    data: st.DataObject,
+) -> None:
+    """Paths, sizes and layouts of any kind, under a checksum that is right."""
+    members = json.loads(RECORDS["everstep_manifest"][0])
+    del members["crc32c"], members["everstep_manifest"]
+    name = data.draw(st.sampled_from(["model.b", "model.f", "model.w"]))
+    members["packs"][0]["file"] = data.draw(
+        st.sampled_from(["a", "../a", "/a", "a/b", "..", ".", "a\\b", "a\0", "C:a", "\u202ea"])
+    )
+    extent = st.sampled_from([0, 1, 2, 3, 9, 2**20, 2**31, 2**59, 2**60, -1])
+    members["tensors"][name] = {
+        "dtype": data.draw(st.sampled_from(["U8", "C128", "F4_X2"])),
+        "shape": data.draw(st.lists(extent, max_size=3)),
+        "packs": data.draw(st.lists(st.lists(extent, min_size=3, max_size=3), max_size=3)),
+        data.draw(st.sampled_from(["grid", "flat", "boxes"])): data.draw(
+            extent
+            | st.lists(extent | st.lists(extent, max_size=3), max_size=3)
+            | st.lists(st.lists(st.lists(extent, max_size=3), min_size=2, max_size=2), max_size=4)
+        ),
+    }
+    record = encode_record("everstep_manifest", 1, members)
+    tracemalloc.start()
+    try:
+        manifest = decode_manifest(record, "f")
+    except ManifestError:
+        pass
+    else:
+        assert manifest.packs[0].file == "a"
+        assert sum(t.spec.size_bytes for t in manifest.tensors.values()) < 2**10
+    finally:
+        peak_bytes = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+    assert peak_bytes < 2**20
 
 
 @given(st.lists(st.integers(1, 9), max_size=12), st.integers(0, 3))

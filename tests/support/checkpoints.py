@@ -1,14 +1,16 @@
 """Ranks as threads, and small states to save."""
 
+import queue
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
 
+from everstep.checkpoint.direct_io import ByteArray
 from everstep.checkpoint.errors import CollectiveError
 from everstep.checkpoint.torch_state import State
 
@@ -21,6 +23,9 @@ class _Meeting:
         self.changed = threading.Condition()
         self.posts: dict[tuple[int, int], tuple[str, bytes]] = {}
         self.gone: set[int] = set()
+        self.pipes: dict[tuple[int, int], queue.Queue[ByteArray]] = {
+            (a, b): queue.Queue() for a in range(world_size) for b in range(world_size)
+        }
 
     def leave(self, rank: int) -> None:
         with self.changed:
@@ -55,15 +60,43 @@ class ThreadCollective:
         return self._meeting.exchange(self.rank, len(self.tags), tag, payload)
 
 
+class ThreadPeers(ThreadCollective):
+    """One that can also send bytes; counts those that it has sent."""
+
+    def __init__(self, rank: int, meeting: _Meeting) -> None:
+        super().__init__(rank, meeting)
+        self.sent_bytes = 0
+
+    def swap(
+        self, sends: Sequence[tuple[int, ByteArray]], receives: Sequence[tuple[int, ByteArray]]
+    ) -> None:
+        for rank, data in sends:
+            self.sent_bytes += len(data)
+            self._meeting.pipes[self.rank, rank].put(data.copy())
+        for rank, target in receives:
+            try:
+                data = self._meeting.pipes[rank, self.rank].get(timeout=self._meeting.timeout_s)
+            except queue.Empty:
+                raise CollectiveError(f"rank {rank} sent nothing") from None
+            assert len(data) == len(target)
+            target[:] = data
+
+
+C = TypeVar("C", bound=ThreadCollective)
+
+
 def run_threads(
-    fn: Callable[[ThreadCollective], Any], world_size: int, timeout_s: float = 20.0
+    fn: Callable[[C], Any],
+    world_size: int,
+    timeout_s: float = 20.0,
+    kind: type[C] = ThreadCollective,  # type: ignore[assignment]
 ) -> list[Any]:
     """Call ``fn`` once per rank; for each rank its result, or the exception it raised."""
     meeting = _Meeting(world_size, timeout_s)
 
     def run(rank: int) -> Any:
         try:
-            return fn(ThreadCollective(rank, meeting))
+            return fn(kind(rank, meeting))
         except Exception as error:
             return error
         finally:

@@ -2,12 +2,13 @@
 
 import json
 from itertools import pairwise, product
+from math import prod
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-DTYPES = {"F32": "<f4", "I64": "<i8", "U8": "u1", "BF16": "<u2", "BOOL": "?"}
+DTYPES = {"F32": "<f4", "I64": "<i8", "U8": "u1", "BF16": "<u2", "BOOL": "?", "C128": "<c16"}
 
 
 def _crc32c(data: bytes) -> int:
@@ -29,14 +30,23 @@ def read_record(path: Path) -> dict[str, Any]:
 
 
 def _cells(tensor: dict[str, Any]) -> list[tuple[list[tuple[int, int]], int]]:
-    """For each cell its [begin, end) per dim, and its pack."""
-    spans = []
-    for entry, n in zip(tensor["grid"], tensor["shape"], strict=True):
-        inner = list(range(entry, n, entry)) if isinstance(entry, int) else entry
-        edges = [0, *inner, n] if n else [0]
-        spans.append(list(pairwise(edges)))
+    """For each cell its [begin, end) per dim (of the flat tensor, if it is flat), and its pack."""
+    if "boxes" in tensor:
+        cells = [
+            [(o, o + n) for o, n in zip(offset, shape, strict=True)]
+            for offset, shape in tensor["boxes"]
+        ]
+    else:
+        entries = tensor.get("grid", [tensor.get("flat")])
+        extents = tensor["shape"] if "grid" in tensor else [prod(tensor["shape"])]
+        spans = []
+        for entry, n in zip(entries, extents, strict=True):
+            inner = list(range(entry, n, entry)) if isinstance(entry, int) else entry
+            edges = [0, *inner, n] if n else [0]
+            spans.append(list(pairwise(edges)))
+        cells = list(map(list, product(*spans)))
     packs = [first + i * step for first, count, step in tensor["packs"] for i in range(count)]
-    return list(zip(map(list, product(*spans)), packs, strict=True))
+    return list(zip(cells, packs, strict=True))
 
 
 def read_checkpoint(folder: Path) -> tuple[dict[str, Any], dict[str, np.ndarray[Any, Any]]]:
@@ -61,9 +71,10 @@ def read_checkpoint(folder: Path) -> tuple[dict[str, Any], dict[str, np.ndarray[
         blocks = [data[at : min(at + block, end)] for at in range(begin, end, block)]
         assert table.tolist() == [_crc32c(b) for b in blocks]
         for _, name, _, cell in sorted(cells):
-            target = found[name][tuple(slice(*span) for span in cell)]
+            whole = found[name].reshape(-1) if "flat" in manifest["tensors"][name] else found[name]
+            target = whole[tuple(slice(*span) for span in cell)]
             stored = np.frombuffer(data, target.dtype, target.size, begin)
-            found[name][tuple(slice(*span) for span in cell)] = stored.reshape(target.shape)
+            target[...] = stored.reshape(target.shape)
             begin += target.nbytes
         assert begin == end
     return manifest["objects"], found

@@ -1,9 +1,9 @@
 """Records every change of files below a folder, and what a disk may show of them after a crash.
 
-What was done is a list of operations. ``state_after`` replays a prefix of it as a file system that
-promises only what POSIX does: bytes are sure to stay once their file was synced, names once their
-folder was. Everything else may be there or not: with a power cut in mind, each file whose bytes
-were not synced may be whole, empty or cut, and each name that was not synced old or new.
+What was done is a list of operations. ``replay`` makes of a prefix of it what a file system may
+show that promises only what POSIX does: bytes are sure to stay once their file was synced, names
+once their folder was. Everything else may be there or not: after a power cut, files whose bytes
+were not synced may be whole, empty or cut, and names that were not synced old or new.
 """
 
 import os
@@ -165,46 +165,54 @@ def unsynced(ops: list[Op]) -> list[int]:
     return lost
 
 
-def build(base: Path, ops: list[Op], dropped: set[int], folder: Path) -> None:
-    """What is on the disk: ``base`` (a folder) with the operations that are not dropped."""
-    shutil.copytree(base, folder)
+@dataclass(frozen=True)
+class Changes:
+    """How a folder differs from what it was: equal changes are the same disk."""
+
+    gone: frozenset[str]
+    files: frozenset[tuple[str, bytes | None]]
+    """Name and content, None for a folder."""
+
+    def apply(self, base: Path, folder: Path) -> None:
+        """Make ``folder``: ``base`` with these changes."""
+        shutil.copytree(base, folder)
+        for path in sorted(self.gone, key=len, reverse=True):
+            there = folder / path
+            if there.is_dir():
+                shutil.rmtree(there)  # a folder whose removal was kept has lost what is in it
+            else:
+                there.unlink(missing_ok=True)
+        for path, content in sorted(self.files, key=lambda file: file[0]):
+            there = folder / path
+            if not there.parent.is_dir():
+                continue  # the name of its folder was dropped, and the file with it
+            if content is None:
+                there.mkdir(exist_ok=True)
+            else:
+                there.write_bytes(content)
+
+
+def replay(ops: list[Op], dropped: set[int]) -> Changes:
+    """What is on the disk after these operations, without those that are dropped."""
     names: dict[str, int | None] = {}
-    """Name -> inode, None for a folder; of what the operations have changed."""
+    """Name -> inode, None for a folder."""
     contents: dict[int, bytearray] = {}
     gone: set[str] = set()
     for index, op in enumerate(ops):
-        if op.kind in ("create", "link"):
-            contents.setdefault(op.inode, bytearray())
+        data = contents.setdefault(op.inode, bytearray())
         if index in dropped:
             continue
         match op.kind:
-            case "create" | "link":
-                names[op.path] = op.inode
-                gone.discard(op.path)
-            case "mkdir":
-                names[op.path] = None
+            case "create" | "link" | "mkdir":
+                names[op.path] = None if op.kind == "mkdir" else op.inode
                 gone.discard(op.path)
             case "unlink" | "rmdir":
                 names.pop(op.path, None)
                 gone.add(op.path)
             case "write":
-                data = contents.setdefault(op.inode, bytearray())
                 data[op.offset : op.offset + len(op.data)] = op.data
             case "truncate":
-                data = contents.setdefault(op.inode, bytearray())
                 del data[op.offset :]
                 data.extend(bytes(op.offset - len(data)))
-    for path in sorted(gone, key=len, reverse=True):
-        there = folder / path
-        if there.is_dir():
-            shutil.rmtree(there)  # a folder whose removal was kept has lost what is in it
-        else:
-            there.unlink(missing_ok=True)
-    for path, inode in sorted(names.items()):
-        there = folder / path
-        if not there.parent.is_dir():
-            continue  # the name of its folder was dropped, and the file with it
-        if inode is None:
-            there.mkdir(exist_ok=True)
-        else:
-            there.write_bytes(contents[inode])
+    files = {(p, None if inode is None else bytes(contents[inode])) for p, inode in names.items()}
+    return Changes(frozenset(gone), frozenset(files))

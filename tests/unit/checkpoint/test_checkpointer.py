@@ -620,3 +620,37 @@ def test_progress_of_a_load_is_told(tmp_path: Path) -> None:
     assert manifest is not None
     assert seen == sorted(seen)
     assert seen[-1] == manifest.packs[0].data_bytes
+
+
+@pytest.mark.parametrize("number", [errno.EIO, errno.EACCES, errno.EROFS, errno.EDQUOT])
+@pytest.mark.parametrize("call", ["open", "write", "fdatasync", "link"])
+def test_a_disk_that_fails_one_rank_fails_all_and_keeps_the_step_before(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int, call: str
+) -> None:
+    real, failing = getattr(os, call), threading.local()
+
+    def act(*args: Any, **kwargs: Any) -> Any:
+        creates = call != "open" or args[1] & os.O_CREAT
+        if getattr(failing, "now", False) and creates:
+            raise OSError(number, os.strerror(number), str(args[0]) if call == "open" else None)
+        return real(*args, **kwargs)
+
+    def run(c: ThreadCollective) -> Any:
+        state, checkpointer = _replicated(c, tmp_path)
+        with checkpointer:
+            checkpointer.save(1, state)
+            failing.now = c.rank == 1
+            try:
+                checkpointer.save(2, state)
+            except SaveFailedError as e:
+                return e
+            finally:
+                failing.now = False
+
+    monkeypatch.setattr(os, call, act)
+    errors = run_threads(run, 2)
+    assert [type(e) for e in errors] == [SaveFailedError] * 2
+    assert errors[0].causes == errors[1].causes
+    assert list(errors[0].causes) == [1]
+    assert os.strerror(number) in str(errors[0])
+    assert _names(tmp_path) == ["step-00000001-g00001"]

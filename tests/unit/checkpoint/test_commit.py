@@ -269,7 +269,7 @@ def test_a_record_is_made_again_from_a_manifest(directory: CheckpointDirectory, 
     directory.create_generation(StepId(1, 10), {})
     told = {"parent": 1, "fork_step": 10}
     (saved,) = _save(directory, 2, 15, lineage=told)
-    assert directory.manifest(saved).lineage == told
+    assert directory.manifest(saved).lineage == (1, 10)
     path = directory.root / "generations" / "00002.json"
     if how == "lost":
         path.unlink()

@@ -13,8 +13,8 @@ from everstep.checkpoint import direct_io
 from everstep.checkpoint.direct_io import (
     ALIGN_BYTES,
     StreamWriter,
-    create_whole,
     make_directory,
+    publish,
     sync_directory,
     write_durable,
 )
@@ -135,16 +135,16 @@ def test_small_files_are_whole_or_gone(
     with pytest.raises(OSError, match="No space left"):
         write_durable(tmp_path / "f", b"data")
     with pytest.raises(OSError, match="No space left"):
-        create_whole(tmp_path / "f", b"data", tmp_path / "t")
+        publish(tmp_path / "f", b"data", tmp_path / "t")
     assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize("data", [b"data", b"other"])
 def test_nothing_is_replaced(tmp_path: Path, data: bytes) -> None:
     final, temporary = tmp_path / "f", tmp_path / "t"
-    create_whole(final, b"data", temporary)
+    publish(final, b"data", temporary)
     with pytest.raises(FileExistsError):
-        create_whole(final, data, temporary)
+        publish(final, data, temporary)
     assert final.read_bytes() == b"data"
     assert list(tmp_path.iterdir()) == [final]
 
@@ -177,9 +177,9 @@ def order(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
 
 
 def test_bytes_are_durable_before_they_are_visible(tmp_path: Path, order: list[str]) -> None:
-    create_whole(tmp_path / "f", b"data", tmp_path / "t")
+    publish(tmp_path / "f", b"data", tmp_path / "t")
     assert order == ["write", "fsync", "link", "fsync"]
-    create_whole(tmp_path / "g", b"data", tmp_path / "t", settle=False)
+    publish(tmp_path / "g", b"data", tmp_path / "t", settle=False)
     assert order[4:] == ["write", "fsync", "link"]
 
 

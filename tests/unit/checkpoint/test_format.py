@@ -8,6 +8,10 @@ import torch
 from torch import nn
 
 from everstep.checkpoint.checkpointer import Checkpointer
+from everstep.checkpoint.layout import Box, Fragment, TensorSpec, flat_fragment
+from everstep.checkpoint.manifest import Part, build_manifest, encode_manifest
+from everstep.checkpoint.pack import StridedBytes, plan_pack, write_pack
+from everstep.checkpoint.step_reader import StepReader
 from everstep.checkpoint.torch_state import State
 from tests.support.checkpoints import Counter, ThreadCollective, run_threads
 from tests.support.format_reader import read_checkpoint, read_record
@@ -42,3 +46,44 @@ def test_the_page_is_enough_to_read_a_checkpoint(tmp_path: Path, world_size: int
     assert generators == {f"rng.rank{rank}" for rank in range(world_size)}
     generation = read_record(tmp_path / "generations" / "00001.json")
     assert (generation["number"], generation["parent"], generation["fork_step"]) == (1, None, None)
+
+
+def test_the_page_is_enough_to_read_boxes_and_flat_ranges(tmp_path: Path) -> None:
+    shape, specs = (5, 4), [TensorSpec("b", "C128", (5, 4)), TensorSpec("f", "F32", (5, 4))]
+    boxes = [Box((0, 0), (2, 4)), Box((2, 0), (3, 1)), Box((2, 1), (3, 3))]
+    held = [
+        [Fragment(specs[0], boxes[2]), flat_fragment(specs[1], 3, 13)],
+        [*(Fragment(specs[0], b) for b in boxes[:2]), flat_fragment(specs[1], 0, 3)],
+        [flat_fragment(specs[1], 13, 20)],
+    ]
+    whole = {
+        "b": np.arange(20.0).reshape(shape) * 1j,
+        "f": np.arange(20, dtype="f4").reshape(shape),
+    }
+    parts = []
+    for rank, mine in enumerate(held):
+        plan = plan_pack(rank, mine)
+
+        def source_of(fragment: Fragment) -> StridedBytes:
+            array = whole[fragment.spec.name]
+            array = array.reshape(-1) if fragment.flat else array
+            ends = zip(fragment.box.offset, fragment.box.shape, strict=True)
+            items = np.ascontiguousarray(array[tuple(slice(o, o + n) for o, n in ends)])
+            return StridedBytes(items.reshape(-1).view(np.uint8), 0, items.strides)
+
+        record = write_pack(tmp_path / f"p{rank}", plan, source_of)
+        context = {"mesh": {}, "producer": {}, "objects": {}}
+        part = Part(
+            generation=1, step=0, rank=rank, world_size=3, pack=record, fragments=plan.fragments,
+            context=context,
+        )  # fmt: skip
+        parts.append(part)
+    manifest = build_manifest(parts)
+    (tmp_path / "manifest.json").write_bytes(encode_manifest(manifest))
+    _, tensors = read_checkpoint(tmp_path)
+    with StepReader(tmp_path, manifest) as reader:
+        for name, array in whole.items():
+            np.testing.assert_array_equal(tensors[name], array)
+            assert reader.read(name).tobytes() == array.tobytes()
+            part_of = np.ascontiguousarray(array[1:4, 1:3])
+            assert reader.read(name, Box((1, 1), (3, 2))).tobytes() == part_of.tobytes()

@@ -10,8 +10,9 @@ from typing import Any
 import pytest
 
 from everstep.checkpoint.errors import CoverageError, LayoutError, ManifestError
-from everstep.checkpoint.layout import Box, Fragment, TensorSpec
+from everstep.checkpoint.layout import Box, Fragment, TensorSpec, flat_fragment
 from everstep.checkpoint.manifest import (
+    Lineage,
     Manifest,
     Part,
     build_manifest,
@@ -28,6 +29,8 @@ W = TensorSpec("model.w", "F32", (7, 4))
 S = TensorSpec("model.s", "I64", ())
 E = TensorSpec("model.empty", "BF16", (0, 3))
 ROWS = [Box((0, 0), (4, 4)), Box((4, 0), (3, 4))]
+B = TensorSpec("model.boxes", "U8", (2, 3))
+F = TensorSpec("model.flat", "F16", (5, 3))
 
 
 def _part(rank: int, fragments: list[Fragment], world_size: int = 2) -> Part:
@@ -61,6 +64,13 @@ def _manifest() -> Manifest:
     return build_manifest(_parts())
 
 
+def _irregular() -> list[Part]:
+    """A list of boxes, two of them in one pack, and flat ranges."""
+    boxes = [Box((0, 0), (1, 3)), Box((1, 0), (1, 1)), Box((1, 1), (1, 2))]
+    first = [Fragment(B, boxes[0]), Fragment(B, boxes[2]), flat_fragment(F, 0, 7)]
+    return [_part(0, first), _part(1, [Fragment(B, boxes[1]), flat_fragment(F, 7, 15)])]
+
+
 def test_the_manifest_says_what_the_parts_said() -> None:
     manifest = _manifest()
     assert (manifest.generation, manifest.step, manifest.mesh) == (3, 40, {"dp": 2})
@@ -85,13 +95,42 @@ def test_there_and_back() -> None:
     assert encode_manifest(decode_manifest(data, "m")) == data
 
 
-def test_places_in_a_pack_follow_from_the_manifest_alone() -> None:
-    parts, manifest = _parts(), decode_manifest(encode_manifest(_manifest()), "m")
+def test_boxes_and_flat_ranges_there_and_back() -> None:
+    for part in _irregular():
+        assert decode_part(encode_part(part), "p") == part
+    manifest = build_manifest(_irregular())
+    data = encode_manifest(manifest)
+    coded = json.loads(data)["tensors"]
+    assert coded["model.boxes"]["boxes"] == [[[0, 0], [1, 3]], [[1, 0], [1, 1]], [[1, 1], [1, 2]]]
+    assert coded["model.boxes"]["packs"] == [[0, 2, 1], [0, 1, 0]]
+    assert coded["model.flat"]["flat"] == [7]
+    assert decode_manifest(data, "m") == manifest
+    assert manifest.starts("model.flat") == [0, 0]
+    assert manifest.starts("model.boxes") == [14, 16, 17]
+    with pytest.raises(LayoutError, match=r"'model\.flat' is stored as FlatRanges"):
+        _ = manifest.tensors["model.flat"].grid
+
+
+@pytest.mark.parametrize("lineage", [Lineage(None, None), Lineage(2, 30)], ids=str)
+def test_a_manifest_tells_of_its_lineage(lineage: Lineage) -> None:
+    data = encode_manifest(build_manifest(_parts(), lineage))
+    assert json.loads(data)["lineage"] == lineage._asdict()
+    assert decode_manifest(data, "m").lineage == lineage
+    assert decode_manifest(encode_manifest(_manifest()), "m").lineage is None
+
+
+@pytest.mark.parametrize("make", [_parts, _irregular])
+def test_places_in_a_pack_follow_from_the_manifest_alone(make: Callable[[], list[Part]]) -> None:
+    parts, manifest = make(), decode_manifest(encode_manifest(build_manifest(make())), "m")
     for part, index in zip(parts, manifest.pack_indexes, strict=True):
         plan = plan_pack(part.rank, part.fragments)
         for fragment, start in zip(plan.fragments, plan.starts, strict=True):
             if fragment.size_bytes:
                 assert index.starts[fragment.spec.name, fragment.box.offset] == (start, fragment)
+                stored = manifest.tensors[fragment.spec.name]
+                cell = list(stored.layout.cells()).index(fragment.box)
+                assert stored.packs[cell] == part.rank
+                assert manifest.starts(fragment.spec.name)[cell] == start
 
 
 def _change(index: int, **facts: Any) -> Callable[[list[Part]], None]:
@@ -202,6 +241,47 @@ def test_a_defect_in_a_manifest_is_a_named_error(edit: Callable[[dict[str, Any]]
         decode_manifest(data, "dir/manifest.json")
 
 
+IRREGULAR_DEFECTS = [
+    _put("tensors", "model.boxes", "boxes", DELETED),
+    _put("tensors", "model.boxes", "boxes", []),
+    _put("tensors", "model.boxes", "boxes", 1, [[1, 0], [1, 2]]),
+    _put("tensors", "model.boxes", "boxes", 1, [[1, 0], [1, 0]]),
+    _put("tensors", "model.boxes", "boxes", 1, [[1, 0], [1]]),
+    _put("tensors", "model.boxes", "boxes", 1, [[1], [1]]),
+    _put("tensors", "model.boxes", "boxes", 1, [[1, 0]]),
+    _put("tensors", "model.boxes", "boxes", 1, [[1, 0], [1, -1]]),
+    _put("tensors", "model.boxes", "boxes", 1, [[1, 0], [2, 1]]),
+    _put("tensors", "model.boxes", "boxes", 2, [[1, 1], [1, 1]]),
+    _put("tensors", "model.boxes", "boxes", 0, [[1, 2], [1, 1]]),
+    _put("tensors", "model.boxes", "shape", [2, 4]),
+    _put("tensors", "model.boxes", "shape", [0, 4]),
+    _put("tensors", "model.boxes", "packs", [[0, 2, 1]]),
+    _put("tensors", "model.flat", "flat", [15]),
+    _put("tensors", "model.flat", "flat", [8, 7]),
+    _put("tensors", "model.flat", "flat", 0),
+    _put("tensors", "model.flat", "flat", "7"),
+    _put("tensors", "model.flat", "shape", [5, 4]),
+    _put("tensors", "model.flat", "shape", [2**40, 2**40]),
+    _put("lineage", None),
+    _put("lineage", {"parent": 1}),
+    _put("lineage", {"parent": 1, "fork_step": None}),
+    _put("lineage", {"parent": None, "fork_step": 1}),
+    _put("lineage", {"parent": 3, "fork_step": 1}),
+    _put("lineage", {"parent": 0, "fork_step": 1}),
+    _put("lineage", {"parent": True, "fork_step": 1}),
+    _put("lineage", {"parent": 1, "fork_step": -1}),
+]
+
+
+@pytest.mark.parametrize("edit", IRREGULAR_DEFECTS)
+def test_a_defect_in_an_irregular_layout_is_a_named_error(
+    edit: Callable[[dict[str, Any]], None],
+) -> None:
+    good = encode_manifest(build_manifest(_irregular(), Lineage(2, 5)))
+    with pytest.raises(ManifestError, match=r"^dir/manifest\.json is damaged: "):
+        decode_manifest(_edited(good, "everstep_manifest", edit), "dir/manifest.json")
+
+
 def test_packs_of_another_size_than_their_tensors_say() -> None:
     edit = _put("tensors", "model.w", "packs", [[1, 2, -1]])
     with pytest.raises(CoverageError, match="bytes, not"):
@@ -217,13 +297,22 @@ PART_DEFECTS = [
     _put("pack", "file", "/x"),
     _put("pack", "data_bytes", 1),
     _put("fragments", 3),
-    _put("fragments", [[]]),
-    _put("fragments", 0, 0, 3),
-    _put("fragments", 0, 1, "F31"),
-    _put("fragments", 0, 2, [[1]]),
-    _put("fragments", 0, 3, [0, 0]),
-    _put("fragments", 1, 3, [4, 0]),
-    _put("fragments", 1, 4, [4]),
+    _put("fragments", "cells", 3),
+    _put("fragments", "rows", 3),
+    _put("fragments", "rows", [[]]),
+    _put("fragments", "rows", 0, 0, 3),
+    _put("fragments", "rows", 0, 0, [3]),
+    _put("fragments", "rows", 0, 1, "F31"),
+    _put("fragments", "rows", 0, 2, -1),
+    _put("fragments", "rows", 0, 2, 3),
+    _put("fragments", "rows", 0, 2, True),
+    _put("fragments", "cells", 0, 0, [[1]]),
+    _put("fragments", "cells", 0, 1, [0, 0]),
+    _put("fragments", "cells", 1, 1, [4, 0]),
+    _put("fragments", "cells", 1, 2, [4]),
+    _put("fragments", "cells", 1, [[7, 4], 0, 29]),
+    _put("fragments", "cells", 1, [[7, 4], 9, 8]),
+    _put("fragments", "cells", 1, [[7, 4], 0, [1]]),
 ]
 
 
@@ -241,8 +330,10 @@ def test_a_defect_in_a_part_is_a_named_error(edit: Callable[[dict[str, Any]], No
         {"shape": [2**59], "grid": [2**59], "packs": [[0, 2**59, 0]]},
         {"shape": [0, 2**50], "grid": [1, 1], "packs": []},
         {"shape": [2**20] * 8, "grid": [1] * 8, "packs": [[0, 2**40, 0]] * 100},
+        {"shape": [2**59], "flat": 1, "packs": [[0, 2**59, 0]]},
+        {"shape": [2] * 32, "boxes": [[[0] * 32, [1] * 32]] * 2, "packs": [[0, 2, 0]]},
     ],
-    ids=["cells", "runs", "empty", "dims"],
+    ids=["cells", "runs", "empty", "dims", "flat", "corners"],
 )
 def test_bombs_are_refused_in_little_memory_and_time(tensor: dict[str, Any]) -> None:
     edit = _put("tensors", {f"t{i}": {"dtype": "U8", **tensor} for i in range(100)})

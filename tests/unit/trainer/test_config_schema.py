@@ -38,7 +38,7 @@ def test_what_is_no_size(value: object) -> None:
         ("optim.schedule", "one of 'cosine', 'wsd', 'constant'"),
         ("model.tie_embeddings", "true or false"),
         ("model.factory", "a string or nothing (null)"),
-        ("checkpoint", "a section with the keys every_steps, keep"),
+        ("checkpoint", "a section with the keys every_steps, keep, directory"),
     ],
 )
 def test_descriptions(key: str, words: str) -> None:

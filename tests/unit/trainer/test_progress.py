@@ -205,3 +205,30 @@ def test_short_quantities() -> None:
 def test_mfu_is_shown_where_it_is_known() -> None:
     assert "52 % MFU" in step_parts(step(3, mfu=0.5249), None)
     assert not any("MFU" in part for part in step_parts(step(3), None))
+
+
+def test_a_save_under_way_is_shown_now_and_then() -> None:
+    view, output = plain()
+    transfer = {"kind": "transfer", "rank": 0, "what": "saving step 1"}
+    with view:
+        view.show(step(1), now_s=0.0)
+        for number in range(1, 30):
+            view.show({**transfer, "bytes": number * 2**20}, now_s=number * 0.5)
+    lines = output.getvalue().splitlines()
+    assert lines[1:] == ["saving step 1: 10.0 MiB on rank 0", "saving step 1: 20.0 MiB on rank 0"]
+
+
+def test_a_live_view_shows_a_save_until_it_is_done() -> None:
+    output = io.StringIO()
+    view = ProgressView(Console(file=output, width=100, force_terminal=True), "demo")
+    with view:
+        view.show({"kind": "transfer", "rank": 0, "what": "loading", "bytes": 3}, now_s=0.0)
+        view.refresh(1.0)
+        assert "demo: loading: 3 B on rank 0" in output.getvalue()
+        view.show(step(7), now_s=1.0)
+        view.show({"kind": "transfer", "rank": 0, "what": "saving", "bytes": 5}, now_s=2.0)
+        view.refresh(2.0)
+        assert "demo: step 7  saving: 5 B on rank 0" in output.getvalue()
+        view.show(step(8), now_s=3.0)
+        view.refresh(3.0)
+    assert output.getvalue().rindex("step 8/100") > output.getvalue().rindex("saving")

@@ -1,4 +1,6 @@
-"""Which device a rank takes; the rest of a rank's work is tested through the command line."""
+"""Device and checkpoint place of a rank; the rest of its work is tested by the command line."""
+
+from pathlib import Path
 
 import pytest
 import torch
@@ -6,7 +8,7 @@ import torch
 from everstep.trainer.config import ParallelConfig, RunConfig, TrainConfig
 from everstep.trainer.errors import ConfigError
 from everstep.trainer.rank_spec import RankSpec
-from everstep.trainer.worker_main import _choose_device
+from everstep.trainer.worker_main import _choose_device, checkpoint_place
 
 
 def choose(device: str, *, gpus_seen: int, reserved: str | None, monkey: pytest.MonkeyPatch) -> str:
@@ -53,3 +55,16 @@ def test_the_device_of_a_rank(
 def test_cuda_that_is_not_there_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ConfigError, match="this host has 1"):
         choose("cuda", gpus_seen=1, reserved=None, monkey=monkeypatch)
+
+
+@pytest.mark.parametrize(
+    ("directory", "place"),
+    [
+        (None, Path("runs/a/checkpoints")),
+        ("elsewhere", Path("runs/a/elsewhere")),
+        ("/big/disk", Path("/big/disk")),
+        ("s3://bucket/a", "s3://bucket/a"),
+    ],
+)
+def test_where_checkpoints_live(directory: str | None, place: Path | str) -> None:
+    assert checkpoint_place(Path("runs/a"), directory) == place
