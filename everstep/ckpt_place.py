@@ -1,19 +1,23 @@
 """From what a person writes to a checkpoint: a run directory, its checkpoints, one step, PATH@N."""
 
 import re
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from everstep.checkpoint.commit import CheckpointDirectory
 from everstep.checkpoint.errors import CheckpointError, DamagedError, ManifestError
 from everstep.checkpoint.lineage import StepId
 from everstep.checkpoint.manifest import Manifest
+from everstep.checkpoint.step_keys import GENERATIONS, manifest_key, step_key, steps_in
 from everstep.checkpoint.step_reader import StepReader
-from everstep.checkpoint.verify import StepFiles
+from everstep.checkpoint.store import Folder
+from everstep.checkpoint.stores import is_url, open_store
 
 _AT_STEP = re.compile(r"(.+)@(\d{1,18})")
 _STEP_NAME = re.compile(r"step-(\d{8,18})-g(\d{5,9})")
-_URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
 _OF_A_RUN = "checkpoints"
 
 
@@ -43,8 +47,8 @@ class Place:
 
     @property
     def name(self) -> str:
-        """The path of the directory."""
-        return str(self.directory.root)
+        """The path or URL of the directory."""
+        return self.directory.describe()
 
     def check_whole(self) -> None:
         """Raises PlaceError where one step was named and the whole directory is needed."""
@@ -68,69 +72,70 @@ class Place:
 
     def path(self, step_id: StepId) -> str:
         """Where a step is, for people."""
-        return str(self.directory.step_path(step_id))
+        return self.directory.describe(step_id)
 
-    def files(self, step_id: StepId) -> StepFiles:
+    def files(self, step_id: StepId) -> Folder:
         """The files of a step, by name."""
-        return _LocalFiles(self.directory.step_path(step_id))
+        return Folder(self.directory.store, step_key(step_id))
 
-    def open(self, step_id: StepId, *, threads: int = 1) -> StepReader:
-        """A reader of a committed step; raises ManifestError and its kinds."""
-        manifest = self.directory.manifest(step_id)
-        return StepReader(self.directory.step_path(step_id), manifest, threads=threads)
+    @contextmanager
+    def open(self, step_id: StepId, *, threads: int = 1) -> Iterator[StepReader]:
+        """A reader of a committed step, which is not deleted by its job meanwhile.
 
-
-@dataclass(frozen=True)
-class _LocalFiles:
-    """See ``StepFiles``."""
-
-    path: Path
-
-    def size(self, name: str) -> int | None:
-        try:
-            return (self.path / name).stat().st_size
-        except FileNotFoundError:
-            return None
-
-    def read(self, name: str, offset: int, length: int) -> bytes:
-        with (self.path / name).open("rb") as file:
-            file.seek(offset)
-            return file.read(length)
+        Raises:
+            ManifestError: the manifest is missing or damaged.
+        """
+        with (
+            self.directory.held(step_id),
+            self.directory.reader(step_id, threads=threads) as reader,
+        ):
+            yield reader
 
 
-def open_place(text: str, step: int | None = None) -> Place:
+def open_place(
+    text: str, step: int | None = None, *, storage_options: Mapping[str, Any] | None = None
+) -> Place:
     """The place that somebody has written.
 
     Args:
-        text: a run directory, its checkpoints directory, or the directory of a step; ``@N`` at the
-            end asks for step N.
+        text: path or URL of a run directory, its checkpoints directory, or the directory of a
+            step; ``@N`` at the end asks for step N.
         step: the same, as an option.
+        storage_options: of the URL's file system.
 
     Raises:
         PlaceError: it is none of these.
+        CheckpointError: the URL's file system is unknown or cannot be reached.
     """
-    path, at_step = Path(text), _AT_STEP.fullmatch(text)
-    if at_step and not path.exists():
-        path = Path(at_step[1])
+    where, at_step = text.rstrip("/") or "/", _AT_STEP.fullmatch(text)
+    if at_step and not Path(text).exists():
+        where = at_step[1].rstrip("/") or "/"
         if step is not None and step != int(at_step[2]):
             raise PlaceError(text, f"asks for another step than --step {step}")
         step = int(at_step[2])
-    if _URL.match(text):
-        raise PlaceError(text, "is a URL")
-    if not path.is_dir():
-        raise PlaceError(str(path), "is not a directory")
-    exact = step_id_of(path.resolve().name)
+    if not is_url(where):
+        if not Path(where).is_dir():
+            raise PlaceError(where, "is not a directory")
+        where = str(Path(where).resolve()) if Path(where).name in ("", "..") else where
+    above, _, last = where.rpartition("/")
+    exact = step_id_of(last)
     if exact is not None:
         if step not in (None, exact.step):
             raise PlaceError(text, f"is the directory of step {exact.step}, not of step {step}")
-        return Place(CheckpointDirectory(path.resolve().parent), exact=exact)
-    if (path / _OF_A_RUN).is_dir():
-        return Place(CheckpointDirectory(path / _OF_A_RUN), step)
-    if (path / "generations").is_dir() or any(step_id_of(p.name) for p in path.iterdir()):
-        return Place(CheckpointDirectory(path), step)
-    if path.name == _OF_A_RUN:
-        return Place(CheckpointDirectory(path), step)
-    raise PlaceError(str(path), "holds no checkpoints")
+        return Place(_directory(above or ".", storage_options), exact=exact)
+    names = _directory(where, storage_options).store.list()
+    if _OF_A_RUN in names:
+        return Place(_directory(f"{where}/{_OF_A_RUN}", storage_options), step)
+    if last == _OF_A_RUN or GENERATIONS in names or any(map(step_id_of, names)):
+        return Place(_directory(where, storage_options), step)
+    raise PlaceError(where, "holds no checkpoints")
+
+
+def _directory(where: str, storage_options: Mapping[str, Any] | None) -> CheckpointDirectory:
+    # Nothing is saved there, so that a store on which two jobs could mix is as good as another.
+    return CheckpointDirectory(
+        open_store(where, storage_options=storage_options, single_writer=True)
+    )
 
 
 def step_id_of(name: str) -> StepId | None:
@@ -151,10 +156,10 @@ class StepFacts:
     problem: str | None
     """Why it is not whole."""
     size_bytes: int
-    """Of the packs by the manifest, or else of the files that are there."""
+    """Of the packs by the manifest, or else of those that are there."""
     manifest: Manifest | None
     saved_s: float | None
-    """When it was committed, in seconds since the epoch; None where it was not."""
+    """When it was committed, in seconds since the epoch; None where it was not, or on a URL."""
 
 
 @dataclass(frozen=True)
@@ -168,8 +173,7 @@ class Survey:
 
 def survey(directory: CheckpointDirectory) -> Survey:
     """Look at every step of a directory; what is damaged is told, not raised."""
-    begun = {s for path in directory.root.iterdir() if (s := step_id_of(path.name)) is not None}
-    committed = set(directory.committed())
+    begun, committed = set(steps_in(directory.store)), set(directory.committed())
     lineage: set[StepId] | None = None
     problem = None
     try:
@@ -189,48 +193,53 @@ def _look_at(
     committed: bool,
     lineage: set[StepId] | None,
 ) -> StepFacts:
-    path = directory.step_path(step_id)
-    sizes = _file_sizes(path)
+    folder = Folder(directory.store, step_key(step_id))
     manifest, problem = None, None
     if committed:
         try:
             manifest = directory.manifest(step_id)
-            problem = _missing(manifest, sizes)
+            problem = _missing(manifest, folder)
         except (DamagedError, OSError) as error:
             problem = f"manifest: {error.what if isinstance(error, DamagedError) else error}"
     return StepFacts(
         step_id=step_id,
-        path=str(path),
+        path=directory.describe(step_id),
         committed=committed,
         in_lineage=None if lineage is None else step_id in lineage,
         problem=problem,
-        size_bytes=manifest.size_bytes if manifest else sum(sizes.values()),
+        size_bytes=manifest.size_bytes if manifest else _size_bytes(folder),
         manifest=manifest,
-        saved_s=_saved_s(path) if committed else None,
+        saved_s=_saved_s(directory, step_id) if committed else None,
     )
 
 
-def _missing(manifest: Manifest, sizes: dict[str, int]) -> str | None:
-    wrong = [
-        f"{record.file} is missing"
-        if record.file not in sizes
-        else f"{record.file} has {sizes[record.file]} bytes, expected {record.size_bytes}"
-        for record in manifest.packs
-        if sizes.get(record.file) != record.size_bytes
-    ]
+def _missing(manifest: Manifest, folder: Folder) -> str | None:
+    """What is wrong with the packs, as far as names and sizes tell.
+
+    Object stores show whole objects only: there, names tell everything, in one request.
+    """
+    names = set(folder.store.list(folder.folder))
+    is_local = folder.store.local_path() is not None
+    wrong = []
+    for record in manifest.packs:
+        if record.file not in names:
+            wrong.append(f"{record.file} is missing")
+        elif is_local and (size_bytes := folder.size(record.file)) != record.size_bytes:
+            wrong.append(f"{record.file} has {size_bytes} bytes, expected {record.size_bytes}")
     more = f" (and {len(wrong) - 1} more)" if len(wrong) > 1 else ""
     return f"{wrong[0]}{more}" if wrong else None
 
 
-def _file_sizes(path: Path) -> dict[str, int]:
+def _size_bytes(folder: Folder) -> int:
+    """Of the packs that are there."""
+    names = folder.store.list(folder.folder)
+    return sum(folder.size(name) or 0 for name in names if name.endswith(".safetensors"))
+
+
+def _saved_s(directory: CheckpointDirectory, step_id: StepId) -> float | None:
+    """When the manifest was written, where the file system tells."""
+    path = directory.store.local_path(manifest_key(step_id))
     try:
-        return {p.name: p.stat().st_size for p in path.iterdir() if p.is_file()}
+        return None if path is None else path.stat().st_mtime
     except FileNotFoundError:  # deleted meanwhile
-        return {}
-
-
-def _saved_s(path: Path) -> float | None:
-    try:
-        return (path / "manifest.json").stat().st_mtime
-    except FileNotFoundError:
         return None

@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Annotated, Any, ParamSpec, TypeVar
 
 import typer
 
+from everstep.cli_options import StorageOption, parse_storage_options
+
 if TYPE_CHECKING:
     from everstep.checkpoint.step_reader import StepReader
 
@@ -20,8 +22,8 @@ PlaceArgument = Annotated[
     str,
     typer.Argument(
         metavar="PLACE",
-        help="A run directory, its checkpoints directory, or the directory of one step; PLACE@N "
-        "is step N of it.",
+        help="Path or URL of a run directory, of its checkpoints directory, or of the directory of "
+        "one step; PLACE@N is step N of it.",
     ),
 ]
 StepOption = Annotated[
@@ -66,6 +68,7 @@ def _in_one_sentence(command: Callable[_P, _R]) -> Callable[_P, _R]:
 Examples:
   everstep ckpt ls runs/demo
   everstep ckpt ls runs/demo --all         also half-written ones, and those of abandoned attempts
+  everstep ckpt ls s3://bucket/demo --storage-option endpoint_url=https://minio:9000
   everstep ckpt ls runs/demo --json | jq '.steps[-1].path'
 
 \b
@@ -80,6 +83,7 @@ def ls(
         bool,
         typer.Option("--all", help="Also steps outside the lineage of the newest attempt."),
     ] = False,
+    storage_option: StorageOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """List the steps that a run can go on from."""
@@ -89,7 +93,7 @@ def ls(
     from everstep.ckpt_place import open_place, survey
     from everstep.ckpt_text import stdout_console
 
-    opened = open_place(place)
+    opened = open_place(place, storage_options=parse_storage_options(storage_option))
     found = survey(opened.directory)
     if as_json:
         _print_json(ckpt_view.steps_json(opened, found, everything=everything))
@@ -121,6 +125,7 @@ def inspect(
     tensor: Annotated[
         str | None, typer.Option(metavar="NAME", help="Show all boxes of this tensor.")
     ] = None,
+    storage_option: StorageOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """Show mesh, versions, objects, packs and tensors of a checkpoint, from its manifest alone."""
@@ -129,7 +134,7 @@ def inspect(
     from everstep.ckpt_place import open_place
     from everstep.ckpt_text import stdout_console
 
-    opened = open_place(place, step)
+    opened = open_place(place, step, storage_options=parse_storage_options(storage_option))
     step_id = opened.chosen()
     manifest = opened.directory.manifest(step_id)
     if tensor is not None:
@@ -169,6 +174,7 @@ def verify(
         bool, typer.Option("--digest", help="Also compute the digest of the state.")
     ] = False,
     threads: Threads = None,
+    storage_option: StorageOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """Read every byte of a checkpoint and compare it with its checksum."""
@@ -178,7 +184,7 @@ def verify(
     from everstep.ckpt_place import open_place
     from everstep.ckpt_text import byte_progress, stdout_console
 
-    opened = open_place(place, step)
+    opened = open_place(place, step, storage_options=parse_storage_options(storage_option))
     step_id = opened.chosen()
     workers = _threads(threads)
     with opened.open(step_id, threads=workers) as reader:
@@ -224,6 +230,7 @@ def diff(
         ),
     ] = None,
     threads: Threads = None,
+    storage_option: StorageOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """Compare names, shapes, dtypes, values and objects of two checkpoints.
@@ -235,7 +242,10 @@ def diff(
 
     compare = _in_one_sentence(_diff)
     try:
-        code = compare(first, second, only or [], atol, _threads(threads), as_json)
+        options = parse_storage_options(storage_option)
+        code = compare(
+            (first, second), only or [], atol, _threads(threads), options, as_json=as_json
+        )
     except EverstepError as error:
         _complain(str(error))
         code = _TROUBLE
@@ -243,7 +253,13 @@ def diff(
 
 
 def _diff(
-    first: str, second: str, only: list[str], atol: float | None, threads: int, as_json: bool
+    texts: tuple[str, str],
+    only: list[str],
+    atol: float | None,
+    threads: int,
+    options: dict[str, object],
+    *,
+    as_json: bool,
 ) -> int:
     from everstep import ckpt_report
     from everstep.checkpoint.compare import compare_steps
@@ -251,7 +267,7 @@ def _diff(
     from everstep.ckpt_place import open_place
     from everstep.ckpt_text import byte_progress, matching, stdout_console
 
-    places = open_place(first), open_place(second)
+    places = [open_place(text, storage_options=options) for text in texts]
     chosen = [place.chosen() for place in places]
     with (
         places[0].open(chosen[0], threads=threads) as one,
@@ -295,6 +311,7 @@ def gc(
         typer.Option(min=1, metavar="N", help="Keep the newest N steps; default: all of the run."),
     ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Show it, delete nothing.")] = False,
+    storage_option: StorageOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """Delete half-written steps, steps outside the lineage, and all but the newest N."""
@@ -302,7 +319,7 @@ def gc(
     from everstep.ckpt_place import open_place
     from everstep.ckpt_text import stdout_console
 
-    opened = open_place(place)
+    opened = open_place(place, storage_options=parse_storage_options(storage_option))
     opened.check_whole()
     plan = ckpt_gc.collect(opened, keep, dry_run=dry_run)
     found = ckpt_gc.gc_json(opened, plan, dry_run=dry_run)

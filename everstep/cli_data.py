@@ -5,6 +5,8 @@ from typing import Annotated
 
 import typer
 
+from everstep.cli_options import StorageOption, parse_storage_options
+
 data_app = typer.Typer(
     no_args_is_help=True, rich_markup_mode=None, help="Tokenize data once, and look at it."
 )
@@ -51,10 +53,7 @@ def tokenize(
     on_bad_rows: Annotated[
         str, typer.Option(metavar="error|skip", help="What to do with rows without text.")
     ] = "error",
-    storage_option: Annotated[
-        list[str] | None,
-        typer.Option(metavar="KEY=VALUE", help="Option of the URL's file system; YAML values."),
-    ] = None,
+    storage_option: StorageOption = None,
 ) -> None:
     """Tokenize every SOURCE into the folder DIR, on all cores, once for many runs."""
     from pydantic import ValidationError
@@ -75,7 +74,7 @@ def tokenize(
         "format": format,
         "text_key": text_key,
         "on_bad_rows": on_bad_rows,
-        "storage_options": _storage_options(storage_option or []),
+        "storage_options": parse_storage_options(storage_option),
     }
     try:
         source = SourceConfig.model_validate(values)
@@ -125,21 +124,3 @@ def inspect(
         print(json.dumps(data_view.inspect(folder, verify=verify, console=console)))
     else:
         print(data_view.show_folder(folder, verify=verify, console=console), end="")
-
-
-def _storage_options(options: list[str]) -> dict[str, object]:
-    from everstep.trainer.config_yaml import parse_scalar
-    from everstep.trainer.errors import ConfigError
-
-    found: dict[str, object] = {}
-    for option in options:
-        key, equals, value = option.partition("=")
-        if not equals or not key:
-            raise ConfigError(f"--storage-option: got {option!r}, expected KEY=VALUE")
-        try:
-            found[key] = parse_scalar(value)
-        except ValueError as error:
-            raise ConfigError(
-                f"--storage-option: the value of {key} is not valid YAML: {error}"
-            ) from None
-    return found

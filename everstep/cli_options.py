@@ -23,3 +23,28 @@ Nproc = Annotated[
     int | None,
     typer.Option(min=1, metavar="N", help="Number of ranks; default: what the mesh asks for."),
 ]
+StorageOption = Annotated[
+    list[str] | None,
+    typer.Option(metavar="KEY=VALUE", help="Option of the URL's file system; YAML values."),
+]
+
+
+def parse_storage_options(options: list[str] | None) -> dict[str, object]:
+    """What ``--storage-option`` says. Raises ConfigError."""
+    if not options:
+        return {}
+    from everstep.trainer.config_yaml import parse_scalar
+    from everstep.trainer.errors import ConfigError
+
+    found: dict[str, object] = {}
+    for option in options:
+        key, equals, value = option.partition("=")
+        if not equals or not key:
+            raise ConfigError(f"--storage-option: got {option!r}, expected KEY=VALUE")
+        try:
+            found[key] = parse_scalar(value)
+        except ValueError as error:
+            raise ConfigError(
+                f"--storage-option: the value of {key} is not valid YAML: {error}"
+            ) from None
+    return found

@@ -15,7 +15,7 @@ from tests.golden.contents import OBJECTS, OLDER, TENSORS, bits_of
 from tests.golden.make import make
 
 VERSIONS = sorted(Path(__file__).parent.glob("v*"))
-STATE_DIGEST = "da838914c026cb37693511d5d0313221"
+STATE_DIGEST = "5f0b137c6fea48245906f99117eb572c"
 NEWEST, ABANDONED = StepId(2, 2), StepId(1, 3)
 
 
