@@ -205,6 +205,7 @@ def relative_inputs(config: RunConfig) -> list[tuple[str, str]]:
     data: dict[str, Any] = config.model_dump()["data"]
     named = [("data.source", text) for text in _texts(data["source"])]
     named += [("data.tokenizer", text) for text in _texts(data["tokenizer"])]
+    named += [("model.init_from", text) for text in _texts(config.model.init_from)]
     return [
         (key, text)
         for key, text in named

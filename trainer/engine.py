@@ -9,6 +9,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from everstep.checkpoint.torch_state import State
+from everstep.trainer.architecture import ArchitectureNote
 from everstep.trainer.config import RunConfig
 from everstep.trainer.data import MicroBatch
 from everstep.trainer.data.prefetch import BatchStream
@@ -100,6 +101,7 @@ class TorchEngine:
             seed=config.seed,
             document_end=document_end,
         )
+        self._architecture = ArchitectureNote(config, vocab_size)
         self.parameters = sum(parameter.numel() for parameter in model.parameters())
         """Of the whole model, tied ones once."""
         self.model: nn.Module = parallelize(model, self.mesh, shape, config.parallel)
@@ -171,7 +173,11 @@ class TorchEngine:
         if self._pipeline is not None:
             self._pipeline.release()  # its stages are views, which the state does not see
         return State(
-            model=self.model, optimizer=self.optimizer, scheduler=self.scheduler, data=data
+            model=self.model,
+            optimizer=self.optimizer,
+            scheduler=self.scheduler,
+            data=data,
+            architecture=self._architecture,
         )
 
 

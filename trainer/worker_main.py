@@ -20,6 +20,7 @@ from everstep.trainer.data import Corpus, TrainStream, check_held_out_fits, open
 from everstep.trainer.data.prefetch import BatchStream, prefetched
 from everstep.trainer.device import prepare_device
 from everstep.trainer.engine import TorchEngine
+from everstep.trainer.init_from import init_from
 from everstep.trainer.loop import Run, Say, train
 from everstep.trainer.mesh_shape import (
     MeshShape,
@@ -108,6 +109,9 @@ def _run(
         prefetched(source, config.data.prefetch) as stream,
     ):
         loaded = _resume(spec, checkpointer, engine, stream, say)
+        if loaded is None and config.model.init_from is not None:
+            taken = init_from(engine.model, config, corpus.vocab_size)
+            say("message", text=f"beginning with {taken}")
         done_steps = loaded.step if loaded else 0
         sinks = open_sinks(config, run_dir, done_steps) if spec.rank == 0 else []
         run = Run(

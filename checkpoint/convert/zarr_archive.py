@@ -1,0 +1,178 @@
+"""A step as a plain Zarr v3 archive: sharded, compressed, with checksums, written by TensorStore.
+
+One group with one array per tensor, named like it. Arrays that are larger than a chunk keep many
+chunks in one file (``sharding_indexed``); every chunk is compressed (zstd) and has a CRC-32C. Types
+that zarr-python lacks (BF16, FP8) are unsigned numbers of the same bits; the attribute
+``everstep_dtype`` of each array tells the true type. A missing chunk of numbers reads as NaN.
+"""
+
+import json
+import math
+from collections import deque
+from collections.abc import Iterator
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import tensorstore
+
+from everstep.checkpoint.convert.atomic import (
+    DEFAULT_BUDGET_BYTES,
+    ByteCount,
+    OnBytes,
+    block_bytes,
+    new_target,
+)
+from everstep.checkpoint.convert.errors import ConversionError
+from everstep.checkpoint.convert.plain import What, selected
+from everstep.checkpoint.convert.source import Source, read_box
+from everstep.checkpoint.direct_io import write_durable
+from everstep.checkpoint.layout import Box, TensorSpec
+from everstep.checkpoint.step_reader import StepReader
+
+DEFAULT_LEVEL = 3
+CHUNK_BYTES = 2**20
+_IN_FLIGHT = 2
+"""Shards that are compressed and written while the next one is read."""
+_TYPES: dict[str, tuple[str, Any]] = {
+    "F64": ("float64", "NaN"), "F32": ("float32", "NaN"), "F16": ("float16", "NaN"),
+    "C64": ("complex64", ["NaN", "NaN"]), "BF16": ("uint16", 0x7FC0), "F8_E4M3": ("uint8", 0x7F),
+    "F8_E5M2": ("uint8", 0x7F), "I64": ("int64", 0), "I32": ("int32", 0), "I16": ("int16", 0),
+    "I8": ("int8", 0), "U64": ("uint64", 0), "U32": ("uint32", 0), "U16": ("uint16", 0),
+    "U8": ("uint8", 0), "BOOL": ("bool", False),
+}  # fmt: skip
+"""Zarr's data type and fill value."""
+
+
+def export_zarr(
+    reader: StepReader,
+    target: Path,
+    *,
+    what: What = "everything",
+    dtype: str | None = None,
+    level: int = DEFAULT_LEVEL,
+    budget_bytes: int = DEFAULT_BUDGET_BYTES,
+    on_bytes: OnBytes | None = None,
+) -> int:
+    """Write a step as a Zarr v3 group; returns the bytes of its tensors, uncompressed.
+
+    Args:
+        reader: of the step.
+        target: the folder; it appears whole, or not at all.
+        what: which tensors.
+        dtype: of all floating-point tensors; None: as they are stored.
+        level: of zstd, 1 to 22.
+        budget_bytes: memory to use.
+        on_bytes: progress.
+
+    Raises:
+        ConversionError: a tensor cannot be the name of a folder, or has a type that Zarr lacks.
+        TargetExistsError: the target is taken.
+        DamagedError: a pack is not what the manifest says.
+    """
+    source, written = selected(reader, what, dtype), ByteCount(on_bytes)
+    problems = [p for t in source.tensors.values() if (p := _problem(t)) is not None]
+    if problems:
+        raise ConversionError(str(reader.step_path), problems)
+    manifest = reader.manifest
+    attributes = {"step": manifest.step, "producer": dict(manifest.producer)}
+    group = {"zarr_format": 3, "node_type": "group", "attributes": attributes}
+    with new_target(target) as folder:
+        folder.mkdir()
+        for tensor in source.tensors.values():
+            _write_array(folder, source, tensor, level, block_bytes(budget_bytes), written)
+        write_durable(folder / "zarr.json", json.dumps(group).encode())
+    return written.total
+
+
+def chunk_shapes(tensor: TensorSpec, shard_bytes: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Shape of a chunk, and of the shard that holds a whole number of chunks (pure).
+
+    Both are contiguous in C order, but for a rest at an edge. They are the same where the tensor is
+    no larger than a chunk.
+    """
+    chunk = [1] * len(tensor.shape)
+    items = max(1, min(CHUNK_BYTES, shard_bytes) // tensor.item_bytes)
+    split = 0
+    for dim in reversed(range(len(tensor.shape))):
+        split = dim
+        chunk[dim] = max(1, min(items, tensor.shape[dim]))
+        items //= chunk[dim]
+        if chunk[dim] < tensor.shape[dim]:
+            break
+    shard = list(chunk)
+    if tensor.shape:
+        fitting = max(1, shard_bytes // (math.prod(chunk) * tensor.item_bytes))
+        shard[split] *= max(1, min(fitting, -(-tensor.shape[split] // chunk[split])))
+    return tuple(chunk), tuple(shard)
+
+
+def _write_array(
+    folder: Path,
+    source: Source,
+    tensor: TensorSpec,
+    level: int,
+    shard_bytes: int,
+    written: ByteCount,
+) -> None:
+    chunk, shard = chunk_shapes(tensor, shard_bytes)
+    array = tensorstore.open(_array_spec(folder, tensor, chunk, shard, level)).result()
+    numbers = np.dtype(_TYPES[tensor.dtype][0])
+    pending: deque[Any] = deque()
+    for box in _tiles(tensor.shape, shard):
+        if len(pending) == _IN_FLIGHT:
+            pending.popleft().result()
+        data = read_box(source, tensor.name, box)
+        place = tuple(slice(o, o + n) for o, n in zip(box.offset, box.shape, strict=True))
+        pending.append(array[place].write(data.view(numbers).reshape(box.shape)))
+        written.add(len(data))
+    for write in pending:
+        write.result()
+
+
+def _array_spec(
+    folder: Path, tensor: TensorSpec, chunk: tuple[int, ...], shard: tuple[int, ...], level: int
+) -> dict[str, Any]:
+    to_bytes = {"name": "bytes", "configuration": {"endian": "little"}}
+    zstd = {"name": "zstd", "configuration": {"level": level, "checksum": False}}
+    codecs: list[Any] = [to_bytes, zstd, {"name": "crc32c"}]
+    if shard != chunk:
+        configuration = {
+            "chunk_shape": chunk,
+            "codecs": codecs,
+            "index_codecs": [to_bytes, {"name": "crc32c"}],
+            "index_location": "end",
+        }
+        codecs = [{"name": "sharding_indexed", "configuration": configuration}]
+    data_type, fill_value = _TYPES[tensor.dtype]
+    return {
+        "driver": "zarr3",
+        "kvstore": {"driver": "file", "path": f"{folder.absolute() / tensor.name}/"},
+        "metadata": {
+            "shape": tensor.shape,
+            "data_type": data_type,
+            "chunk_grid": {"name": "regular", "configuration": {"chunk_shape": shard}},
+            "codecs": codecs,
+            "fill_value": fill_value,
+            "attributes": {"everstep_dtype": tensor.dtype},
+        },
+        "store_data_equal_to_fill_value": True,
+        "create": True,
+    }
+
+
+def _tiles(shape: tuple[int, ...], tile: tuple[int, ...]) -> Iterator[Box]:
+    """The boxes of a regular grid, cut at the edges."""
+    for offset in product(*(range(0, n, t) for n, t in zip(shape, tile, strict=True))):
+        rest = (min(t, n - o) for o, n, t in zip(offset, shape, tile, strict=True))
+        yield Box(offset, tuple(rest))
+
+
+def _problem(tensor: TensorSpec) -> str | None:
+    name = tensor.name
+    if not name or name in (".", "..", "zarr.json") or "/" in name or "\0" in name:
+        return f"{name!r} cannot be the name of a folder"
+    if tensor.dtype not in _TYPES:
+        return f"{name!r} is {tensor.dtype}, which Zarr lacks"
+    return None
