@@ -1,0 +1,1 @@
+"""Views: what lets others open a checkpoint without a conversion."""
