@@ -38,12 +38,15 @@ from everstep.checkpoint.torch_state import (
     State,
     load_objects,
     materialise_optimizer,
+    object_destinations,
+    object_tensors,
     objects_of,
     optimizer_of,
     tensors_of,
 )
 
 RNG_PREFIX = "rng."
+OBJECT_PREFIX = "object."
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -288,7 +291,8 @@ class Checkpointer:
 
     def _capture(self, state: State) -> dict[Fragment, LiveTensor]:
         """What this rank holds; an empty shard of a tensor is nothing, an empty tensor is."""
-        found = [*tensors_of(state).values(), *self._live_rng().values()]
+        of_objects = object_tensors(state)
+        found = [*tensors_of(state).values(), *of_objects.values(), *self._live_rng().values()]
         return {
             t.fragment: t for t in found if t.fragment.box.size or not t.fragment.spec.size_bytes
         }
@@ -375,11 +379,14 @@ class Checkpointer:
         )
         if differences:
             raise StateMismatchError(str(path), differences)
-        load_objects(state, manifest.objects, str(path))
+        all_specs = {n: t.spec for n, t in manifest.tensors.items()}
+        fresh = object_destinations(state, manifest.objects, all_specs, str(path))
+        of_objects = [live_tensor(name, tensor) for name, tensor in fresh.items()]
+        fill_tensors(of_objects, manifest, path, threads=self._threads)
+        load_objects(state, manifest.objects, str(path), fresh)
         rng = self._live_rng()
-        all_specs = {t.spec for t in manifest.tensors.values()}
         rng_restored = dict(manifest.mesh) == self._mesh and all(
-            t.fragment.spec in all_specs for t in rng.values()
+            t.fragment.spec == all_specs.get(t.fragment.spec.name) for t in rng.values()
         )
         tensors = [*wanted.values(), *(rng.values() if rng_restored else ())]
         fill_tensors(tensors, manifest, path, threads=self._threads)
@@ -403,7 +410,8 @@ class Checkpointer:
 
 def _specs(manifest: Manifest) -> dict[str, TensorSpec]:
     """The tensors of model and optimizer."""
-    return {n: t.spec for n, t in manifest.tensors.items() if not n.startswith(RNG_PREFIX)}
+    others = (RNG_PREFIX, OBJECT_PREFIX)
+    return {n: t.spec for n, t in manifest.tensors.items() if not n.startswith(others)}
 
 
 def _version() -> str:

@@ -6,6 +6,7 @@
     step-00001200-g00003/
         rank-00000-<attempt>.safetensors      packs
         parts/00000.json                      the vote of one writer: its pack is durable
+        index.ocdbt, manifest.ocdbt           for TensorStore, see views/; not read by us
         manifest.json                         written last; its presence IS the commit
 
 A step exists if and only if its manifest does; everything else is garbage to collect.
@@ -40,6 +41,7 @@ from everstep.checkpoint.manifest import (
 )
 from everstep.checkpoint.records import read_bytes
 from everstep.checkpoint.retention import superfluous
+from everstep.checkpoint.views.index_files import index_files
 
 _STEP_NAME = re.compile(r"step-(\d{8,18})-g(\d{5,9})")
 _GENERATION_NAME = re.compile(r"(\d{5,9})\.json")
@@ -189,6 +191,8 @@ class CheckpointDirectory:
         manifest = build_manifest([decode_part(read_bytes(f), f) for f in files])
         for directory in (path / "parts", path, self.root):
             sync_directory(directory)
+        for name, data in index_files(manifest).items():
+            publish(path / name, data, path / f"{name}.tmp")
         publish(path / _MANIFEST, encode_manifest(manifest), path / f"{_MANIFEST}.tmp")
         return manifest
 

@@ -4,32 +4,33 @@ The manifest is a deterministic function of the parts: whoever sees all parts ca
 presence in the step's directory is the commit.
 """
 
+import math
 import re
 import reprlib
-from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+from everstep.checkpoint.coverage import holdings
 from everstep.checkpoint.errors import CoverageError, LayoutError, ManifestError
-from everstep.checkpoint.grid_codec import (
-    decode_bounds,
-    decode_runs,
-    encode_bounds,
-    encode_runs,
+from everstep.checkpoint.grid_codec import encode_runs
+from everstep.checkpoint.json_checks import dtype, extents, mapping, natural, text
+from everstep.checkpoint.layout import ITEM_BYTES, Box, Fragment, Grid, Layout, TensorSpec
+from everstep.checkpoint.layout_codec import (
+    MAX_CELLS,
+    LayoutDecoder,
+    encode_layout,
+    max_cells,
 )
-from everstep.checkpoint.layout import ITEM_BYTES, Box, Fragment, Grid, TensorSpec, grid_of
 from everstep.checkpoint.optimizer_parts import merge_values
 from everstep.checkpoint.pack import BLOCK_BYTES, DATA_ALIGN_BYTES, PackIndex, PackRecord
+from everstep.checkpoint.places import Places, place
 from everstep.checkpoint.records import decode_record, encode_record
 
 MANIFEST_VERSION = 1
 PART_VERSION = 1
-MAX_CELLS = 2**22
-"""Of all tensors of a manifest together; a tensor has at most as many as there are packs."""
-MAX_NATURAL = 2**60
 _FILE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,199}")
 
 
@@ -48,13 +49,36 @@ class Part:
     that is the first to hold its parameters: 'optimizer', the part of that object that it has."""
 
 
+class Lineage(NamedTuple):
+    """What the generation of a checkpoint inherits: see ``lineage.Generation``."""
+
+    parent: int | None
+    """Number of an earlier generation; None for a new beginning."""
+    fork_step: int | None
+    """The last step of it that counts."""
+
+
 @dataclass(frozen=True)
 class StoredTensor:
-    """A logical tensor and, for each cell of its grid in C order, the pack that holds it."""
+    """A logical tensor and, for each cell of its layout, the pack that holds it."""
 
     spec: TensorSpec
-    grid: Grid
+    layout: Layout
     packs: tuple[int, ...]
+
+    @property
+    def grid(self) -> Grid:
+        """Its layout, for those who can use a grid only.
+
+        Raises:
+            LayoutError: it is another one.
+        """
+        if not isinstance(self.layout, Grid):
+            raise LayoutError(
+                f"tensor {self.spec.name!r} is stored as {type(self.layout).__name__}, which only "
+                "everstep reads: load it and save it again on a mesh"
+            )
+        return self.layout
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,24 +95,40 @@ class Manifest:
     """JSON-able state: optimizer groups, scheduler, data position, ..."""
     packs: tuple[PackRecord, ...]
     tensors: Mapping[str, StoredTensor]
+    lineage: Lineage | None = None
+    """What its generation inherits; None where that is known from the generation's record only."""
 
     @property
     def size_bytes(self) -> int:
         """Bytes of all packs."""
         return sum(p.size_bytes for p in self.packs)
 
+    def starts(self, name: str) -> list[int]:
+        """For each cell of a tensor, its byte offset in the data of its pack (or KeyError)."""
+        return self.places.starts(name)
+
+    @cached_property
+    def places(self) -> Places:
+        """Where every cell lies."""
+        stored = ((t.spec, t.layout, t.packs) for t in self.tensors.values())
+        return place(stored, len(self.packs))
+
     @cached_property
     def pack_indexes(self) -> tuple[PackIndex, ...]:
-        """Where fragments lie, for each pack."""
+        """The fragments of each pack."""
         held: list[list[Fragment]] = [[] for _ in self.packs]
         for tensor in self.tensors.values():
-            for pack, cell in zip(tensor.packs, tensor.grid.cells(), strict=True):
-                held[pack].append(Fragment(tensor.spec, cell))
+            for pack, cell in zip(tensor.packs, tensor.layout.cells(), strict=True):
+                held[pack].append(Fragment(tensor.spec, cell, tensor.layout.flat))
         return tuple(PackIndex(tuple(f)) for f in held)
 
 
-def build_manifest(parts: Sequence[Part]) -> Manifest:
+def build_manifest(parts: Sequence[Part], lineage: Lineage | None = None) -> Manifest:
     """Combine the parts of all writers.
+
+    Args:
+        parts: of all ranks, in any order.
+        lineage: what their generation inherits.
 
     Raises:
         LayoutError: the fragments do not cover each tensor exactly once, or ranks disagree.
@@ -99,20 +139,6 @@ def build_manifest(parts: Sequence[Part]) -> Manifest:
         raise ValueError(f"parts of ranks {[p.rank for p in ordered]} do not make a whole step")
     if len({(p.generation, p.step, p.world_size) for p in ordered}) != 1:
         raise ValueError("parts belong to different steps")
-    cells: dict[TensorSpec, dict[Box, int]] = defaultdict(dict)
-    for index, part in enumerate(ordered):
-        for fragment in part.fragments:
-            if cells[fragment.spec].setdefault(fragment.box, index) != index:
-                raise LayoutError(f"two ranks wrote {fragment.key!r}")
-    tensors = {}
-    for spec in sorted(cells):
-        if spec.name in tensors:
-            raise LayoutError(f"ranks disagree about the shape or dtype of {spec.name!r}")
-        grid = grid_of(spec, cells[spec])
-        packs = tuple(cells[spec][box] for box in grid.cells())
-        tensors[spec.name] = StoredTensor(spec, grid, packs)
-    if sum(t.grid.n_cells for t in tensors.values()) > MAX_CELLS:
-        raise LayoutError(f"the state is cut into more than {MAX_CELLS} fragments")
     context = ordered[0].context
     optimizers = [p.context["optimizer"] for p in ordered if "optimizer" in p.context]
     optimizer = {"optimizer": merge_values(optimizers)} if optimizers else {}
@@ -123,27 +149,84 @@ def build_manifest(parts: Sequence[Part]) -> Manifest:
         producer=context["producer"],
         objects={**optimizer, **context["objects"]},
         packs=tuple(p.pack for p in ordered),
-        tensors=tensors,
+        tensors=_stored([p.fragments for p in ordered]),
+        lineage=lineage,
     )
 
 
-def fragments_to_json(fragments: Iterable[Fragment]) -> list[Any]:
-    """For each fragment [name, dtype, global shape, offset, shape]."""
-    return [[f.spec.name, f.spec.dtype, f.spec.shape, f.box.offset, f.box.shape] for f in fragments]
+def _stored(written: Sequence[Iterable[Fragment]]) -> dict[str, StoredTensor]:
+    """All tensors, by name, of what each rank has written."""
+    tensors, n_cells = {}, 0
+    for spec, _, (layout, shares) in holdings(written, once=True):
+        packs = tuple(share.ranks[0] for share in shares if share.n_items)
+        tensors[spec.name] = StoredTensor(spec, layout, packs)
+        n_cells += layout.n_cells
+        if layout.n_cells > max_cells(len(written)) or n_cells > MAX_CELLS:
+            raise LayoutError(
+                f"tensor {spec.name!r} is cut into {layout.n_cells} fragments, which makes "
+                f"{n_cells} so far: a checkpoint of {len(written)} ranks has at most "
+                f"{max_cells(len(written))} of a tensor, and {MAX_CELLS} in all"
+            )
+    return tensors
 
 
-def fragments_from_json(rows: Any) -> tuple[Fragment, ...]:
-    """Inverse of ``fragments_to_json``; raises TypeError or ValueError."""
+def fragments_to_json(fragments: Iterable[Fragment]) -> dict[str, Any]:
+    """Fragments as JSON: those of many tensors are cut alike, which is said once.
+
+    ``cells`` holds for each way [global shape, offset, shape], or [global shape, begin, end] of a
+    flat range; ``rows`` holds for each fragment [name, dtype, number of its cell].
+    """
+    cells: dict[tuple[tuple[int, ...], Box, bool], int] = {}
+    rows = [
+        [spec.name, spec.dtype, cells.setdefault((spec.shape, box, flat), len(cells))]
+        for spec, box, flat in fragments
+    ]
+    return {
+        "cells": [
+            [shape, box.offset[0], box.offset[0] + box.shape[0]] if flat else [shape, *box]
+            for shape, box, flat in cells
+        ],
+        "rows": rows,
+    }
+
+
+SpecPool = dict[tuple[str, str, tuple[int, ...]], TensorSpec]
+
+
+def fragments_from_json(coded: Any, known: SpecPool | None = None) -> tuple[Fragment, ...]:
+    """Inverse of ``fragments_to_json``; raises KeyError, TypeError or ValueError.
+
+    Args:
+        coded: what was decoded from JSON.
+        known: tensors that other ranks have told of, which become the same objects; extended.
+    """
+    specs: SpecPool = {} if known is None else known
+    cells = [_decode_cell(*cell) for cell in mapping(coded)["cells"]]
     found = []
-    for name, dtype, shape, offset, box_shape in rows:
-        spec = TensorSpec(_text(name), _dtype(dtype), _extents(shape))
-        box = Box(_extents(offset), _extents(box_shape))
-        if not len(spec.shape) == len(box.offset) == len(box.shape):
-            raise ValueError(f"a box of {name!r} has other dims than the tensor")
-        if any(o + n > e for o, n, e in zip(box.offset, box.shape, spec.shape, strict=True)):
-            raise ValueError(f"a box of {name!r} leaves the tensor")
-        found.append(Fragment(spec, box))
+    for name, dtype_name, number in coded["rows"]:
+        if type(number) is not int or not 0 <= number < len(cells):
+            raise ValueError(f"{name!r} has cell {reprlib.repr(number)} of {len(cells)}")
+        shape, box, flat = cells[number]
+        spec = specs.get((name, dtype_name, shape))
+        if spec is None:
+            spec = TensorSpec(text(name), dtype(dtype_name), shape)
+            specs[name, dtype_name, shape] = spec
+        found.append(Fragment(spec, box, flat))
     return tuple(found)
+
+
+def _decode_cell(coded_shape: Any, first: Any, second: Any) -> tuple[tuple[int, ...], Box, bool]:
+    global_shape = extents(coded_shape)
+    if type(first) is int:
+        if not natural(first) <= natural(second) <= math.prod(global_shape):
+            raise ValueError(f"[{first}, {second}) is no range of a flat tensor")
+        return global_shape, Box((first,), (second - first,)), True
+    offset, shape = extents(first), extents(second)
+    if not len(global_shape) == len(offset) == len(shape) or any(
+        o + n > e for o, n, e in zip(offset, shape, global_shape, strict=True)
+    ):
+        raise ValueError("a box leaves its tensor, or has other dims")
+    return global_shape, Box(offset, shape), False
 
 
 def encode_part(part: Part) -> bytes:
@@ -163,21 +246,27 @@ def encode_part(part: Part) -> bytes:
     )
 
 
-def decode_part(data: bytes, path: Path | str) -> Part:
-    """Inverse of ``encode_part``; raises ManifestError and its kinds."""
+def decode_part(data: bytes, path: Path | str, known: SpecPool | None = None) -> Part:
+    """Inverse of ``encode_part``; raises ManifestError and its kinds.
+
+    Args:
+        data: the bytes of a part file.
+        path: its path, for errors.
+        known: as for ``fragments_from_json``, where parts of several ranks are decoded.
+    """
     m = decode_record(data, "everstep_part", PART_VERSION, path)
     try:
         part = Part(
-            generation=_natural(m["generation"]),
-            step=_natural(m["step"]),
-            rank=_natural(m["rank"]),
-            world_size=_natural(m["world_size"]),
+            generation=natural(m["generation"]),
+            step=natural(m["step"]),
+            rank=natural(m["rank"]),
+            world_size=natural(m["world_size"]),
             pack=_decode_pack(m["pack"]),
-            fragments=fragments_from_json(m["fragments"]),
-            context=_mapping(m["context"]),
+            fragments=fragments_from_json(m["fragments"], known),
+            context=mapping(m["context"]),
         )
         _check_part(part)
-    except (KeyError, TypeError, ValueError) as e:
+    except (KeyError, TypeError, ValueError, RecursionError) as e:
         raise ManifestError(path, f"its content is not a part: {e}") from None
     return part
 
@@ -193,13 +282,14 @@ def encode_manifest(manifest: Manifest) -> bytes:
             "mesh": dict(manifest.mesh),
             "producer": dict(manifest.producer),
             "objects": dict(manifest.objects),
+            **({} if manifest.lineage is None else {"lineage": manifest.lineage._asdict()}),
             "block_bytes": BLOCK_BYTES,
             "packs": [{"kind": "safetensors", **asdict(p)} for p in manifest.packs],
             "tensors": {
                 name: {
                     "dtype": t.spec.dtype,
                     "shape": t.spec.shape,
-                    "grid": encode_bounds(t.grid.bounds),
+                    **encode_layout(t.layout),
                     "packs": encode_runs(t.packs),
                 }
                 for name, t in manifest.tensors.items()
@@ -218,15 +308,16 @@ def decode_manifest(data: bytes, path: Path | str) -> Manifest:
         if len({p.file for p in packs}) != len(packs):
             raise ValueError("two packs have the same file name")
         manifest = Manifest(
-            generation=_natural(m["generation"]),
-            step=_natural(m["step"]),
-            mesh={_text(k): _natural(v) for k, v in _mapping(m["mesh"]).items()},
-            producer={_text(k): _text(v) for k, v in _mapping(m["producer"]).items()},
-            objects=_mapping(m["objects"]),
+            generation=natural(m["generation"]),
+            step=natural(m["step"]),
+            mesh={text(k): natural(v) for k, v in mapping(m["mesh"]).items()},
+            producer={text(k): text(v) for k, v in mapping(m["producer"]).items()},
+            objects=mapping(m["objects"]),
             packs=packs,
-            tensors=_decode_tensors(_mapping(m["tensors"]), len(packs)),
+            tensors=_decode_tensors(mapping(m["tensors"]), len(packs)),
+            lineage=_decode_lineage(m["lineage"], m["generation"]) if "lineage" in m else None,
         )
-    except (KeyError, TypeError, ValueError) as e:
+    except (KeyError, TypeError, ValueError, RecursionError) as e:
         raise ManifestError(path, f"its content is not a manifest: {e}") from None
     _check_sizes(manifest, path)
     return manifest
@@ -241,28 +332,28 @@ def _check_part(part: Part) -> None:
 
 
 def _decode_tensors(coded: Mapping[str, Any], n_packs: int) -> dict[str, StoredTensor]:
-    tensors, n_cells = {}, 0
+    decoder, tensors = LayoutDecoder(n_packs), {}
     for name, t in coded.items():
-        tensors[name] = _decode_tensor(name, t, n_packs)
-        n_cells += tensors[name].grid.n_cells
-        if n_cells > MAX_CELLS:
-            raise ValueError(f"its tensors have more than {MAX_CELLS} cells")
+        dtype_name = dtype(t["dtype"])
+        shape, layout, packs = decoder.decode(t, ITEM_BYTES[dtype_name])
+        tensors[name] = StoredTensor(TensorSpec(text(name), dtype_name, shape), layout, packs)
     return tensors
 
 
-def _decode_tensor(name: str, t: Any, n_packs: int) -> StoredTensor:
-    spec = TensorSpec(_text(name), _dtype(t["dtype"]), _extents(t["shape"]))
-    grid = Grid(decode_bounds(t["grid"], spec.shape, n_packs))
-    return StoredTensor(spec, grid, tuple(decode_runs(t["packs"], grid.n_cells, n_packs)))
+def _decode_lineage(coded: Any, generation: int) -> Lineage:
+    parent, fork_step = mapping(coded)["parent"], coded["fork_step"]
+    if (parent is None) != (fork_step is None):
+        raise ValueError("its lineage has a parent or a fork, not both")
+    if parent is None:
+        return Lineage(None, None)
+    if not 1 <= natural(parent) < generation:
+        raise ValueError(f"its lineage has parent {parent} of generation {generation}")
+    return Lineage(parent, natural(fork_step))
 
 
 def _check_sizes(manifest: Manifest, path: Path | str) -> None:
     """Every pack is exactly as large as the fragments that it is said to hold."""
-    held_bytes = [0] * len(manifest.packs)
-    for tensor in manifest.tensors.values():
-        for pack, size in zip(tensor.packs, tensor.grid.cell_sizes(), strict=True):
-            held_bytes[pack] += size * tensor.spec.item_bytes
-    for record, held in zip(manifest.packs, held_bytes, strict=True):
+    for record, held in zip(manifest.packs, manifest.places.held_bytes, strict=True):
         blocks = -(-held // BLOCK_BYTES)
         if held != record.data_bytes or record.size_bytes != record.data_start + held + 4 * blocks:
             raise CoverageError(
@@ -274,41 +365,10 @@ def _decode_pack(p: Any, kind: str | None = None) -> PackRecord:
     if kind is not None and p["kind"] != kind:
         raise ValueError(f"pack kind {reprlib.repr(p['kind'])} is not known to this version")
     values = {f.name: p[f.name] for f in fields(PackRecord)}
-    if not _FILE_NAME.fullmatch(_text(values["file"])):
+    if not _FILE_NAME.fullmatch(text(values["file"])):
         raise ValueError(f"file name {reprlib.repr(values['file'])}")
     for name in values.keys() - {"file"}:
-        _natural(values[name])
+        natural(values[name])
     if values["data_start"] < 1 or values["data_start"] % DATA_ALIGN_BYTES:
         raise ValueError(f"its data starts at {values['data_start']}")
     return PackRecord(**values)
-
-
-def _natural(value: Any) -> int:
-    if type(value) is not int or not 0 <= value < MAX_NATURAL:
-        raise ValueError(f"{reprlib.repr(value)} is not a natural number")
-    return value
-
-
-def _extents(value: Any) -> tuple[int, ...]:
-    if not isinstance(value, list) or len(value) > 32:
-        raise ValueError(f"{reprlib.repr(value)} is not a shape")
-    return tuple(map(_natural, value))
-
-
-def _text(value: Any) -> str:
-    if not isinstance(value, str):
-        raise ValueError(f"{reprlib.repr(value)} is not text")
-    value.encode()  # a lone surrogate is no text either
-    return value
-
-
-def _dtype(value: Any) -> str:
-    if value not in ITEM_BYTES:
-        raise ValueError(f"dtype {reprlib.repr(value)} is not one of {', '.join(ITEM_BYTES)}")
-    return str(value)
-
-
-def _mapping(value: Any) -> dict[str, Any]:
-    if not isinstance(value, dict):
-        raise ValueError(f"{reprlib.repr(value)} is not a mapping")
-    return value

@@ -36,6 +36,12 @@ PACK_VERSION = "1"
 BLOCK_BYTES = 2**20
 DATA_ALIGN_BYTES = 4096
 TABLE_NAME = "everstep.block_crc32c"
+STORED_AS: dict[str, tuple[str, tuple[int, ...]]] = {
+    "C128": ("F64", (2,)),
+    "C32": ("F16", (2,)),
+    "F4_X2": ("U8", ()),
+}
+"""What safetensors has no dtype for -> the dtype that its entry has, and dims after its own."""
 FETCH_BLOCKS = 16
 """Blocks that are read and verified at a time."""
 _MADV_POPULATE_READ = 22
@@ -114,15 +120,16 @@ def plan_pack(rank: int, fragments: Iterable[Fragment]) -> PackPlan:
             "everstep_pack": PACK_VERSION,
             "rank": str(rank),
             "fragments": json.dumps(
-                {f.key: [f.spec.name, f.spec.shape, f.box.offset] for f in ordered},
+                {f.key: _described(f) for f in ordered},
                 separators=(",", ":"),
             ),
         }
     }
     for fragment, start in zip(ordered, starts, strict=True):
+        dtype, more_dims = STORED_AS.get(fragment.spec.dtype, (fragment.spec.dtype, ()))
         entries[fragment.key] = {
-            "dtype": fragment.spec.dtype,
-            "shape": fragment.box.shape,
+            "dtype": dtype,
+            "shape": (*fragment.box.shape, *more_dims),
             "data_offsets": [start, start + fragment.size_bytes],
         }
     if len(entries) != 1 + len(ordered):
@@ -137,6 +144,13 @@ def plan_pack(rank: int, fragments: Iterable[Fragment]) -> PackPlan:
     padded = -(-(8 + len(text)) // DATA_ALIGN_BYTES) * DATA_ALIGN_BYTES - 8
     header = padded.to_bytes(8, "little") + text.ljust(padded)
     return PackPlan(rank, ordered, starts, data_bytes, header)
+
+
+def _described(fragment: Fragment) -> list[object]:
+    """Name, global shape and place of a fragment; its dtype where the entry has another."""
+    spec, box = fragment.spec, fragment.box
+    place = {"flat": box.offset[0]} if fragment.flat else box.offset
+    return [spec.name, spec.shape, place, *([spec.dtype] if spec.dtype in STORED_AS else [])]
 
 
 def write_pack(

@@ -1,73 +1,157 @@
 """Who writes what, and which bytes fill a wanted box (pure)."""
 
-from collections import defaultdict
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from functools import lru_cache
+from typing import NamedTuple
 
-from everstep.checkpoint.errors import LayoutError
-from everstep.checkpoint.layout import Box, Fragment, Grid, TensorSpec
+import numpy as np
+
+from everstep.checkpoint.coverage import holdings
+from everstep.checkpoint.layout import Box, Fragment, Integers, Layout, Piece
 
 
-def plan_save(layouts: Sequence[Sequence[Fragment]]) -> list[list[Fragment]]:
+def plan_save(
+    layouts: Sequence[Sequence[Fragment]], nodes: Sequence[int] | None = None
+) -> list[list[Fragment]]:
     """Choose one writer for each fragment.
 
     Args:
         layouts: for each rank, the non-empty fragments that it holds.
+        nodes: for each rank, the number of the node that it runs on; None: one node each.
 
     Returns:
         For each rank the fragments that it writes. Each distinct fragment appears exactly once;
-        replicated ones go, largest first, to the holder with the fewest bytes so far. The answer
-        depends on the arguments only, so every rank computes the same one.
+        replicated ones go, largest first, to the holder for whom the slower of two is fastest: the
+        rank, with the bytes that it has so far, and its node, which is taken to be as fast as the
+        most ranks that any node has. The answer depends on the arguments only, so every rank
+        computes the same one.
 
     Raises:
-        LayoutError: ranks disagree about a tensor's dtype or shape.
+        LayoutError: ranks disagree about a tensor's dtype or shape, or what they hold of it neither
+            is the same nor fits together.
     """
-    holders: dict[Fragment, list[int]] = defaultdict(list)
-    specs: dict[str, TensorSpec] = {}
-    for rank, fragments in enumerate(layouts):
-        for fragment in fragments:
-            holders[fragment].append(rank)
-            known = specs.setdefault(fragment.spec.name, fragment.spec)
-            if known != fragment.spec:
-                raise LayoutError(
-                    f"tensor {known.name!r} is {known.dtype} {known.shape} on one rank and "
-                    f"{fragment.spec.dtype} {fragment.spec.shape} on rank {rank}"
-                )
-    load_bytes = [0] * len(layouts)
+    own_bytes = [0] * len(layouts)
     owned: list[list[Fragment]] = [[] for _ in layouts]
-    order = sorted(holders, key=lambda f: (len(holders[f]) > 1, -f.size_bytes, f))
-    for fragment in order:
-        owner = min(holders[fragment], key=lambda r: (load_bytes[r], r))
+    shared: list[tuple[Fragment, tuple[int, ...]]] = []
+    for spec, fragments, holding in holdings(layouts):
+        item_bytes = spec.item_bytes
+        for number, ranks, n_items in holding.shares:
+            if len(ranks) == 1:
+                owned[ranks[0]].append(fragments[number])
+                own_bytes[ranks[0]] += n_items * item_bytes
+            else:
+                shared.append((fragments[number], ranks))
+    load = _Load(own_bytes, nodes or range(len(layouts)))
+    for fragment, choice in sorted(shared, key=lambda s: (-s[0].size_bytes, s)):
+        owner = load.least(choice)
         owned[owner].append(fragment)
-        load_bytes[owner] += fragment.size_bytes
+        load.add(owner, fragment.size_bytes)
     return owned
 
 
-@dataclass(frozen=True)
-class CopyStep:
-    """Fill ``box`` of a tensor from the fragment ``cell`` that lies in pack number ``pack``."""
+class _Load:
+    """Bytes that ranks and nodes have been given to write."""
+
+    def __init__(self, of_rank: Sequence[int], nodes: Sequence[int]) -> None:
+        numbers, self._node_of = np.unique(np.array(nodes, np.int64), return_inverse=True)
+        self._of_rank = np.array(of_rank, np.int64)
+        self._of_node = np.zeros(len(numbers), np.int64)
+        np.add.at(self._of_node, self._node_of, self._of_rank)
+        self._width = int(np.bincount(self._node_of).max(initial=1))
+        self._index = lru_cache(maxsize=4096)(_as_array)
+
+    def add(self, rank: int, size_bytes: int) -> None:
+        self._of_rank[rank] += size_bytes
+        self._of_node[self._node_of[rank]] += size_bytes
+
+    def least(self, holders: tuple[int, ...]) -> int:
+        """Of these ranks the one to give more; the first of equals."""
+        ranks = self._index(holders)
+        of_rank = self._of_rank[ranks]
+        slowest = np.maximum(of_rank * self._width, self._of_node[self._node_of[ranks]])
+        equal = np.flatnonzero(slowest == slowest.min())
+        return int(ranks[equal[of_rank[equal].argmin()]])
+
+
+def _as_array(holders: tuple[int, ...]) -> Integers:
+    return np.array(holders, np.int64)
+
+
+class CopyStep(NamedTuple):
+    """Fill ``box`` of a tensor out of a pack."""
 
     pack: int
+    """Number of the pack in the manifest."""
+    start: int
+    """Byte offset in the pack's data from where ``cell`` lies there, densely."""
     cell: Box
+    """The fragment, or as much of a flat range as is a box; contains ``box``."""
     box: Box
 
 
-def plan_load(grid: Grid, packs: Sequence[int], wanted: Box) -> list[CopyStep]:
+def plan_load(
+    layout: Layout, packs: Sequence[int], starts: Sequence[int], item_bytes: int, wanted: Box
+) -> list[CopyStep]:
     """The copies that fill a wanted box of a tensor, each item exactly once.
 
     Args:
-        grid: the grid of the stored tensor.
-        packs: for each cell in C order, the pack that holds it.
-        wanted: the box to fill; an empty one needs no copy.
+        layout: of the stored tensor.
+        packs: for each cell, the pack that holds it.
+        starts: for each cell, its byte offset in the data of that pack.
+        item_bytes: bytes per item.
+        wanted: the box to fill; an empty one needs no copy. A flat range is filled box by box: see
+            ``layout.flat_boxes``.
     """
     if not wanted.size:
         return []
-    steps = []
-    for index, cell in grid.overlapping(wanted):
-        common = cell.intersect(wanted)
-        if common is not None:
-            steps.append(CopyStep(packs[index], cell, common))
-    return steps
+    return [
+        CopyStep(packs[cell], starts[cell] + first_item * item_bytes, dense, box)
+        for cell, dense, first_item, box in _pieces(layout, wanted)
+    ]
+
+
+@lru_cache(maxsize=256)
+def _pieces(layout: Layout, wanted: Box) -> tuple[Piece, ...]:
+    """The tensors of a model have few different layouts, and a rank wants few boxes of them."""
+    return tuple(layout.overlapping(wanted))
+
+
+class ByteRange(NamedTuple):
+    """Bytes [begin, end) of the data of a pack."""
+
+    pack: int
+    begin: int
+    end: int
+
+
+def byte_ranges(copies: Iterable[CopyStep], item_bytes: int, gap_bytes: int) -> list[ByteRange]:
+    """What to read for copies of tensors with items of one size: ascending, without overlap.
+
+    Args:
+        copies: of ``plan_load``.
+        item_bytes: bytes per item.
+        gap_bytes: ranges of a pack at most so far apart are read as one.
+    """
+    merged: list[ByteRange] = []
+    for found in sorted(_span(copy, item_bytes) for copy in copies):
+        last = merged[-1] if merged else None
+        if last and last.pack == found.pack and found.begin <= last.end + gap_bytes:
+            merged[-1] = ByteRange(found.pack, last.begin, max(last.end, found.end))
+        else:
+            merged.append(found)
+    return merged
+
+
+def _span(copy: CopyStep, item_bytes: int) -> ByteRange:
+    """From the first item of the box to its last."""
+    first = last = 0
+    for extent, begin, n in zip(
+        copy.cell.shape, copy.box.relative_to(copy.cell), copy.box.shape, strict=True
+    ):
+        first, last = first * extent + begin, last * extent + begin + n - 1
+    return ByteRange(
+        copy.pack, copy.start + first * item_bytes, copy.start + (last + 1) * item_bytes
+    )
 
 
 def layout_differences(

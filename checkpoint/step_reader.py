@@ -8,7 +8,7 @@ from types import TracebackType
 import numpy as np
 
 from everstep.checkpoint.direct_io import ByteArray
-from everstep.checkpoint.layout import Box
+from everstep.checkpoint.layout import Box, Fragment
 from everstep.checkpoint.manifest import Manifest
 from everstep.checkpoint.pack import PackReader, StridedBytes, dense_strides
 from everstep.checkpoint.reshard import plan_load
@@ -42,14 +42,15 @@ class StepReader:
             KeyError: the checkpoint has no such tensor.
         """
         stored = self.manifest.tensors[name]
-        for copy in plan_load(stored.grid, stored.packs, wanted):
-            index = self.manifest.pack_indexes[copy.pack]
-            start, fragment = index.starts[name, copy.cell.offset]
+        item_bytes = stored.spec.item_bytes
+        starts = self.manifest.starts(name)
+        for copy in plan_load(stored.layout, stored.packs, starts, item_bytes, wanted):
             inside = copy.box.relative_to(wanted)
             offset = target.offset_bytes + sum(
                 i * s for i, s in zip(inside, target.strides_bytes, strict=True)
             )
-            self._pack(copy.pack).read_box(fragment, start, copy.box, target, offset)
+            fragment = Fragment(stored.spec, copy.cell)
+            self._pack(copy.pack).read_box(fragment, copy.start, copy.box, target, offset)
 
     def read(self, name: str, box: Box | None = None) -> ByteArray:
         """The bytes of a box of a tensor (None: of all of it), dense, in C order; as ``fill``."""

@@ -13,7 +13,10 @@ from everstep.checkpoint.pack import StridedBytes
 
 DTYPE_NAMES: dict[torch.dtype, str] = {
     torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16",
-    torch.float8_e4m3fn: "F8_E4M3", torch.float8_e5m2: "F8_E5M2", torch.complex64: "C64",
+    torch.float8_e4m3fn: "F8_E4M3", torch.float8_e5m2: "F8_E5M2",
+    torch.float8_e4m3fnuz: "F8_E4M3FNUZ", torch.float8_e5m2fnuz: "F8_E5M2FNUZ",
+    torch.float8_e8m0fnu: "F8_E8M0", torch.float4_e2m1fn_x2: "F4_X2",
+    torch.complex128: "C128", torch.complex64: "C64", torch.complex32: "C32",
     torch.int64: "I64", torch.int32: "I32", torch.int16: "I16", torch.int8: "I8",
     torch.uint64: "U64", torch.uint32: "U32", torch.uint16: "U16", torch.uint8: "U8",
     torch.bool: "BOOL",
@@ -45,8 +48,9 @@ def live_tensor(name: str, tensor: torch.Tensor) -> LiveTensor:
         return LiveTensor(Fragment(spec, spec.whole), local)
     mesh = tensor.device_mesh
     coordinate = mesh.get_coordinate()
-    if coordinate is None:
-        raise LayoutError(f"tensor {name!r} lives on a mesh that this rank is not part of")
+    if coordinate is None:  # on a mesh of other ranks: this one holds nothing of it
+        nothing = (0,) * max(1, len(spec.shape))
+        return LiveTensor(Fragment(spec, Box(nothing, nothing)), local)
     box = intervals(spec.shape, tuple(tensor.placements), tuple(mesh.shape), tuple(coordinate))
     if box.shape != tuple(local.shape) and (box.size or local.numel()):
         raise LayoutError(

@@ -1,6 +1,7 @@
 """A saving process killed before every single file operation: the old step or the new, whole."""
 
 import os
+import re
 import shutil
 import signal
 from collections.abc import Callable, Iterator
@@ -113,7 +114,7 @@ def test_killed_before_any_change(
     shutil.copytree(root, tmp_path / "counted")
     assert _in_process(_save_until, tmp_path / "counted", resume, -1, log) == 0
     changes = log.read_text().split("\n")
-    committed = next(i for i, c in enumerate(changes) if c.startswith("link ") and "manifest" in c)
+    committed = next(i for i, c in enumerate(changes) if re.match(r"link .*/manifest\.json", c))
     found = []
     for kill_at in range(len(changes)):
         where = tmp_path / f"killed-{kill_at}"
@@ -150,8 +151,12 @@ def _look(root: Path, wanted: dict[int, dict[str, bytes]], at: str) -> int:
 def test_everything_is_durable_before_the_manifest_appears(tmp_path: Path) -> None:
     log = tmp_path / "log"
     assert _in_process(_note_what_a_power_cut_would_lose, tmp_path / "c", log) == 0
-    generation, manifest = log.read_text().split("\n")
+    generation, *index, manifest = log.read_text().split("\n")
     assert generation == "generations/00001.json: nothing"
+    assert [line.split(":")[0] for line in index] == [
+        "step-00000001-g00001/index.ocdbt",
+        "step-00000001-g00001/manifest.ocdbt",
+    ]
     assert manifest == "step-00000001-g00001/manifest.json: nothing"
 
 

@@ -16,7 +16,8 @@ from hypothesis import strategies as st
 from torch.distributed.tensor import Replicate, Shard
 from torch.distributed.tensor.placement_types import Placement, _StridedShard
 
-from everstep.checkpoint.layout import Box, Fragment, TensorSpec, grid_of
+from everstep.checkpoint.coverage import grid_of
+from everstep.checkpoint.layout import Box, Fragment, TensorSpec
 from everstep.checkpoint.manifest import (
     Manifest,
     Part,
@@ -209,11 +210,12 @@ def _random_boxes(data: st.DataObject, shape: tuple[int, ...]) -> list[Box]:
 def _fill(folder: Path, manifest: Manifest, box: Box, target: npt.NDArray[Any]) -> None:
     stored = manifest.tensors["t"]
     count = np.zeros(box.shape, dtype=int)
-    for copy in plan_load(stored.grid, stored.packs, box):
-        start, fragment = manifest.pack_indexes[copy.pack].starts["t", copy.cell.offset]
+    starts, item_bytes = manifest.starts("t"), stored.spec.item_bytes
+    for copy in plan_load(stored.layout, stored.packs, starts, item_bytes, box):
         inside = Box(copy.box.relative_to(box), copy.box.shape)
         count[_slices(inside)] += 1
         offset = sum(i * s for i, s in zip(inside.offset, target.strides, strict=True))
         with PackReader(folder / f"p{copy.pack}", manifest.packs[copy.pack]) as reader:
-            reader.read_box(fragment, start, copy.box, _bytes_of(target), offset)
+            cell = Fragment(stored.spec, copy.cell)
+            reader.read_box(cell, copy.start, copy.box, _bytes_of(target), offset)
     assert (count == 1).all()

@@ -51,20 +51,21 @@ def test_nothing_to_save() -> None:
 
 def test_copies_come_from_every_cell_that_the_box_touches() -> None:
     grid = Grid(((0, 4, 8), (0, 6)))
-    steps = plan_load(grid, (7, 9), Box((3, 1), (2, 5)))
+    steps = plan_load(grid, (7, 9), (64, 8), 4, Box((3, 1), (2, 5)))
     assert steps == [
-        CopyStep(7, Box((0, 0), (4, 6)), Box((3, 1), (1, 5))),
-        CopyStep(9, Box((4, 0), (4, 6)), Box((4, 1), (1, 5))),
+        CopyStep(7, 64, Box((0, 0), (4, 6)), Box((3, 1), (1, 5))),
+        CopyStep(9, 8, Box((4, 0), (4, 6)), Box((4, 1), (1, 5))),
     ]
 
 
 def test_an_empty_box_needs_no_copy() -> None:
-    assert plan_load(Grid(((0, 4),)), (0,), Box((4,), (0,))) == []
-    assert plan_load(Grid(((0,),)), (), Box((0,), (0,))) == []
+    assert plan_load(Grid(((0, 4),)), (0,), (0,), 4, Box((4,), (0,))) == []
+    assert plan_load(Grid(((0,),)), (), (), 4, Box((0,), (0,))) == []
 
 
 def test_a_scalar_is_one_copy() -> None:
-    assert plan_load(Grid(()), (3,), Box((), ())) == [CopyStep(3, Box((), ()), Box((), ()))]
+    scalar = Box((), ())
+    assert plan_load(Grid(()), (3,), (16,), 4, scalar) == [CopyStep(3, 16, scalar, scalar)]
 
 
 def test_differences_are_named() -> None:

@@ -25,6 +25,8 @@ from everstep.checkpoint.torch_state import (
     State,
     load_objects,
     named_tensors,
+    object_destinations,
+    objects_of,
     optimizer_of,
     tensors_of,
 )
@@ -51,6 +53,7 @@ def _save_and_load(tmp_path: Path, saved: State, loaded: State) -> Checkpointer:
 # Tensors
 
 
+@pytest.mark.filterwarnings("ignore:ComplexHalf support is experimental:UserWarning")
 @pytest.mark.parametrize("name", DTYPES)
 @pytest.mark.parametrize("shape", [(), (0,), (3, 0, 2), (5,), (3, 4)], ids=str)
 def test_every_dtype_and_shape(tmp_path: Path, name: str, shape: tuple[int, ...]) -> None:
@@ -58,7 +61,7 @@ def test_every_dtype_and_shape(tmp_path: Path, name: str, shape: tuple[int, ...]
     count = torch.Size(shape).numel() * dtype.itemsize
     data = torch.randint(0, 2 if dtype == torch.bool else 256, (count,), dtype=torch.uint8)
     tensor = data.view(dtype).reshape(shape)
-    loaded = Holder(x=torch.zeros(shape, dtype=dtype), other=torch.zeros(2))
+    loaded = Holder(x=torch.zeros_like(data).view(dtype).reshape(shape), other=torch.zeros(2))
     _save_and_load(
         tmp_path, State(model=Holder(x=tensor, other=torch.ones(2))), State(model=loaded)
     )
@@ -100,7 +103,7 @@ def test_expanded_tensors_are_saved_as_they_look(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("tensor", "says"),
     [
-        (torch.zeros(2, dtype=torch.complex128), "dtype torch.complex128"),
+        (torch.empty(2, dtype=torch.bits8), "dtype torch.bits8"),
         (torch.zeros(2, device="meta"), "meta device"),
         (torch.eye(2).to_sparse(), "sparse"),
         (torch.zeros(2, dtype=torch.complex64).conj(), "conjugate"),
@@ -223,6 +226,11 @@ def _optimizers() -> dict[str, Callable[[Any], torch.optim.Optimizer]]:
         "adagrad": lambda p: torch.optim.Adagrad(p, lr=0.1),
         "rmsprop": lambda p: torch.optim.RMSprop(p, lr=0.1, momentum=0.9, centered=True),
         "nadam": lambda p: torch.optim.NAdam(p, lr=0.1),
+        "adadelta": lambda p: torch.optim.Adadelta(p, lr=0.1),
+        "adamax": lambda p: torch.optim.Adamax(p, lr=0.1),
+        "asgd": lambda p: torch.optim.ASGD(p, lr=0.1),
+        "radam": lambda p: torch.optim.RAdam(p, lr=0.1),
+        "rprop": lambda p: torch.optim.Rprop(p, lr=0.1),
         "adafactor": lambda p: torch.optim.Adafactor(p, lr=0.1),
     }
 
@@ -304,7 +312,7 @@ def test_state_is_made_where_the_optimizer_wants_it(fused: bool) -> None:
         f"optimizer.p.{key}": TensorSpec(f"optimizer.p.{key}", "F32", ())
         for key in ("step", "exp_avg")
     }
-    materialise(optimizer, {parameter: "p"}, stored)
+    materialise([optimizer], {parameter: "p"}, stored)
     made = optimizer.state[parameter]
     assert made["exp_avg"].device.type == "meta"
     assert made["step"].device.type == ("meta" if fused else "cpu")
@@ -335,10 +343,59 @@ def test_state_of_no_parameter_is_refused() -> None:
 
 def test_a_tensor_among_the_plain_values_is_named() -> None:
     state = tiny_state()
-    assert state.optimizer is not None
-    state.optimizer.param_groups[0]["lr"] = torch.tensor(0.1)
+    state.optimizers[0].param_groups[0]["lr"] = torch.tensor([0.1, 0.2])
     with pytest.raises(StateError, match=r"optimizer\.groups\[0\]\.lr is a Tensor"):
         optimizer_of(state)
+
+
+def test_a_learning_rate_that_is_a_tensor_stays_the_same_tensor(tmp_path: Path) -> None:
+    saved, loaded, plain = tiny_state(1), tiny_state(2), tiny_state(3)
+    lr = torch.tensor(0.7)
+    saved.optimizers[0].param_groups[0]["lr"] = torch.tensor(1 / 3)
+    loaded.optimizers[0].param_groups[0]["lr"] = lr
+    _save_and_load(tmp_path / "tensor", saved, loaded)
+    assert loaded.optimizers[0].param_groups[0]["lr"] is lr
+    assert torch.equal(lr, torch.tensor(1 / 3))
+    _save_and_load(tmp_path / "number", loaded, plain)
+    assert plain.optimizers[0].param_groups[0]["lr"] == lr.item()
+
+
+def _two_optimizers(form: Callable[[Any, Any], Any]) -> State:
+    model = nn.Sequential(nn.Linear(3, 5), nn.Linear(5, 2))
+    first = torch.optim.AdamW(model[0].parameters(), lr=0.1)
+    second = torch.optim.SGD(model[1].parameters(), lr=0.2, momentum=0.9)
+    return State(model=model, optimizer=form(first, second))
+
+
+@pytest.mark.parametrize(
+    "form", [lambda a, b: [a, b], lambda a, b: {"a": a, "b": b}], ids=["sequence", "mapping"]
+)
+def test_several_optimizers(tmp_path: Path, form: Callable[[Any, Any], Any]) -> None:
+    saved, loaded = _two_optimizers(form), _two_optimizers(lambda a, b: (a, b))
+    saved.model(torch.randn(4, 3)).square().sum().backward()
+    for optimizer in saved.optimizers:
+        optimizer.step()
+    saved.optimizers[1].param_groups[0]["lr"] = 0.3
+    _save_and_load(tmp_path, saved, loaded)
+    found, expected = tensors_of(loaded), tensors_of(saved)
+    assert found.keys() == expected.keys()
+    assert {"optimizer.0.weight.exp_avg", "optimizer.1.bias.momentum_buffer"} <= found.keys()
+    assert all(torch.equal(found[n].local, expected[n].local) for n in found)
+    assert loaded.optimizers[1].param_groups[0]["lr"] == 0.3
+
+
+def test_optimizers_over_the_same_parameter_are_refused() -> None:
+    model = nn.Linear(2, 2)
+    both = [torch.optim.SGD(model.parameters()), torch.optim.SGD([model.bias])]
+    with pytest.raises(StateError, match="two optimizers hold the parameter 'bias'"):
+        optimizer_of(State(model=model, optimizer=both))
+
+
+def test_an_optimizer_with_one_history_for_all_parameters_is_refused() -> None:
+    model = nn.Linear(2, 2)
+    state = State(model=model, optimizer=torch.optim.LBFGS(model.parameters()))
+    with pytest.raises(StateError, match="LBFGS keeps one history"):
+        tensors_of(state)
 
 
 # Objects, and what does not fit
@@ -352,6 +409,53 @@ def test_objects_come_back_exactly(tmp_path: Path) -> None:
     assert [repr(o.state_dict()) for o in loaded.objects.values()] == [
         repr(o.state_dict()) for o in saved.objects.values()
     ]
+
+
+def test_tensors_in_the_state_of_objects_come_back_as_new_ones(tmp_path: Path) -> None:
+    table = torch.arange(12.0).reshape(3, 4).t()
+    value = {
+        "average": {"layer.weight": table, "flag": torch.tensor(True)},
+        "history": [torch.zeros(0, 2), (torch.ones(2, dtype=torch.bfloat16), "x")],
+        "steps": 7,
+        3: torch.tensor(2**60),
+    }
+    saved = State(model=Holder(), ema=Counter(value), other=Counter())
+    loaded = State(model=Holder(), ema=Counter({"average": 1}), other=Counter())
+    checkpointer = _save_and_load(tmp_path, saved, loaded)
+    manifest = checkpointer.inspect()
+    assert manifest is not None
+    assert {n for n in manifest.tensors if n.startswith("object.")} == {
+        f"object.ema.value.{n}"
+        for n in ("average.layer.weight", "average.flag", "history[0]", "history[1][0]", "3")
+    }
+    found = loaded.objects["ema"].state_dict()["value"]
+    assert repr(found) == repr(value)
+    assert found["average"]["layer.weight"].data_ptr() != table.data_ptr()
+
+
+def test_two_tensors_of_an_object_with_one_name_are_refused() -> None:
+    value = {"a.b": torch.zeros(1), "a": {"b": torch.zeros(1)}}
+    with pytest.raises(StateError, match=r"the name 'object\.x\.value\.a\.b'"):
+        objects_of(State(model=Holder(), x=Counter(value)))
+
+
+@pytest.mark.parametrize("coded", [{"$tensor": "object.data.x"}, {"$tensor": 3}], ids=str)
+def test_a_tensor_of_an_object_that_is_not_there(coded: Any) -> None:
+    state = State(model=nn.Identity(), data=Counter())
+    with pytest.raises(ManifestError, match=r"^dir is damaged: its objects"):
+        object_destinations(state, {"object.data": {"value": coded}}, {}, "dir")
+    with pytest.raises(ManifestError, match=r"^dir is damaged: its objects"):
+        load_objects(state, {"object.data": {"value": coded}}, "dir")
+
+
+class FullyShardedDataParallel(nn.Linear):
+    """Known by its name, as torch's is."""
+
+
+def test_shards_that_do_not_say_what_they_are_are_refused() -> None:
+    model = nn.Sequential(FullyShardedDataParallel(2, 2))
+    with pytest.raises(StateError, match=r"module '0' is wrapped .*: use fully_shard"):
+        named_tensors(model)
 
 
 def test_an_object_without_state_is_refused() -> None:
