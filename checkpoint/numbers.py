@@ -34,6 +34,9 @@ def numbers(dtype: str, data: ByteArray) -> npt.NDArray[Any]:
     """
     if dtype == "BF16":
         return (data.view("<u2").astype(np.uint32) << np.uint32(16)).view(np.float32)
+    if dtype == "C32":
+        with np.errstate(invalid="ignore"):  # signalling NaNs
+            return data.view("<f2").astype(np.float32).view(np.complex64)
     if dtype.startswith("F8_"):
         return _float8(dtype)[data]
     return data.view(_DTYPES[dtype])
@@ -43,6 +46,7 @@ def numbers(dtype: str, data: ByteArray) -> npt.NDArray[Any]:
 def _float8(dtype: str) -> npt.NDArray[np.float32]:
     """The value of each byte; raises KeyError for a type that is not known."""
     byte = np.arange(256)
+    values: npt.NDArray[Any]
     match dtype:
         case "F8_E4M3":
             values, nan = _small_floats(mantissa_bits=3, bias=7), byte & 127 == 127

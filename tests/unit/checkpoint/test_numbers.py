@@ -27,6 +27,10 @@ def test_every_dtype_is_what_torch_takes_it_for(dtype: str) -> None:
         expected = expected.to(torch.float64)
         with np.errstate(invalid="ignore"):  # signalling NaNs
             found = found.astype(np.float64)
+    elif expected.is_complex():
+        expected = expected.to(torch.complex128)
+        with np.errstate(invalid="ignore"):
+            found = found.astype(np.complex128)
     np.testing.assert_array_equal(found, expected.numpy())
 
 
