@@ -1,4 +1,7 @@
-"""``everstep ckpt``: look at checkpoints, verify, compare and clear them away."""
+"""``everstep ckpt``: look at checkpoints, verify, compare and clear them away.
+
+Export and import are in ``cli_ckpt_convert.py``.
+"""
 
 import functools
 import sys
@@ -13,7 +16,7 @@ if TYPE_CHECKING:
 ckpt_app = typer.Typer(
     no_args_is_help=True,
     rich_markup_mode=None,
-    help="Look at checkpoints, verify, compare and clear them away.",
+    help="Look at checkpoints, verify, compare, convert and clear them away.",
 )
 
 PlaceArgument = Annotated[
@@ -41,7 +44,7 @@ _NOT_THE_SAME = 1
 _TROUBLE = 2
 
 
-def _in_one_sentence(command: Callable[_P, _R]) -> Callable[_P, _R]:
+def in_one_sentence(command: Callable[_P, _R]) -> Callable[_P, _R]:
     """A function that tells what a file system refuses as it tells its own errors."""
 
     @functools.wraps(command)
@@ -73,7 +76,7 @@ Examples:
 the packs is read by `everstep ckpt verify`. Exit code: 1 when something listed is damaged.
 """,
 )
-@_in_one_sentence
+@in_one_sentence
 def ls(
     place: PlaceArgument,
     everything: Annotated[
@@ -113,7 +116,7 @@ Examples:
   everstep ckpt inspect runs/demo --tensor model.head.weight    where its boxes are
 """,
 )
-@_in_one_sentence
+@in_one_sentence
 def inspect(
     place: PlaceArgument,
     step: StepOption = None,
@@ -161,7 +164,7 @@ Examples:
 Exit code: 0 whole, 1 damaged.
 """,
 )
-@_in_one_sentence
+@in_one_sentence
 def verify(
     place: PlaceArgument,
     step: StepOption = None,
@@ -233,7 +236,7 @@ def diff(
     """
     from everstep.checkpoint.errors import EverstepError
 
-    compare = _in_one_sentence(_diff)
+    compare = in_one_sentence(_diff)
     try:
         code = compare(first, second, only or [], atol, _threads(threads), as_json)
     except EverstepError as error:
@@ -287,7 +290,7 @@ Examples:
 The newest checkpoint is never deleted. A directory that a job writes to is refused.
 """,
 )
-@_in_one_sentence
+@in_one_sentence
 def gc(
     place: PlaceArgument,
     keep: Annotated[
