@@ -8,7 +8,7 @@ from pathlib import Path
 
 from everstep.checkpoint.commit import CheckpointDirectory
 from everstep.checkpoint.lineage import StepId
-from tests.golden.contents import BOUNDS, OBJECTS, OLDER, TENSORS, bits_of
+from tests.golden.contents import BOUNDS, BOXES, FLAT, OBJECTS, OLDER, TENSORS, bits_of
 from tests.support.stored import save_arrays
 
 CREATED_S = 1_790_000_000.0
@@ -37,6 +37,8 @@ def make(folder: Path) -> None:
         {name: bits_of(name, *of, 2) for name, of in TENSORS.items()},
         dtypes={name: dtype for name, (dtype, _) in TENSORS.items()},
         bounds=BOUNDS,
+        boxes=BOXES,
+        flat=FLAT,
         world_size=3,
         mesh={"dp_shard": 3},
         objects=OBJECTS,

@@ -6,6 +6,7 @@ import pytest
 
 from everstep.checkpoint.commit import CheckpointDirectory
 from everstep.checkpoint.digest import digest_step
+from everstep.checkpoint.layout import ITEM_BYTES
 from everstep.checkpoint.lineage import StepId
 from everstep.checkpoint.numbers import numbers
 from everstep.checkpoint.verify import verify_packs
@@ -14,7 +15,7 @@ from tests.golden.contents import OBJECTS, OLDER, TENSORS, bits_of
 from tests.golden.make import make
 
 VERSIONS = sorted(Path(__file__).parent.glob("v*"))
-STATE_DIGEST = "da838914c026cb37693511d5d0313221"
+STATE_DIGEST = "5f0b137c6fea48245906f99117eb572c"
 NEWEST, ABANDONED = StepId(2, 2), StepId(1, 3)
 
 
@@ -72,3 +73,7 @@ def test_what_is_made_now_holds_the_same(tmp_path: Path) -> None:
     assert now.chosen() == then.chosen()
     with now.open(NEWEST) as mine, then.open(NEWEST) as golden:
         assert digest_step(mine) == digest_step(golden)
+
+
+def test_every_dtype_is_there() -> None:
+    assert {dtype for dtype, _ in TENSORS.values()} == set(ITEM_BYTES)

@@ -39,6 +39,8 @@ def save_arrays(
     *,
     world_size: int = 1,
     bounds: Mapping[str, Sequence[Sequence[int]]] | None = None,
+    boxes: Mapping[str, Sequence[Box]] | None = None,
+    flat: Mapping[str, Sequence[int]] | None = None,
     dtypes: Mapping[str, str] | None = None,
     objects: Mapping[str, Any] | None = None,
     mesh: Mapping[str, int] | None = None,
@@ -53,6 +55,8 @@ def save_arrays(
         arrays: the tensors, by logical name.
         world_size: number of packs.
         bounds: inner boundaries per dim of the tensors that are cut.
+        boxes: those of the tensors that are cut in another way.
+        flat: inner boundaries of the tensors that are cut as if they were flat.
         dtypes: of arrays that hold the bits of a type that numpy lacks.
         objects: JSON-able state.
         mesh: default: one axis over all ranks.
@@ -64,9 +68,14 @@ def save_arrays(
     for name, array in sorted(arrays.items()):
         dtype = (dtypes or {}).get(name) or SAFETENSORS_NAMES[array.dtype.name]
         spec = TensorSpec(name, dtype, array.shape)
-        for box in cut(array.shape, (bounds or {}).get(name) or [()] * array.ndim):
+        inner = (bounds or {}).get(name) or [()] * array.ndim
+        is_flat = name in (flat or {})
+        if flat and is_flat:
+            array, inner = array.reshape(-1), [flat[name]]
+        for box in (boxes or {}).get(name) or cut(array.shape, inner):
             index = tuple(slice(o, o + n) for o, n in zip(box.offset, box.shape, strict=True))
-            held[turn % world_size][Fragment(spec, box)] = np.ascontiguousarray(array[index])
+            fragment = Fragment(spec, box, is_flat)
+            held[turn % world_size][fragment] = np.ascontiguousarray(array[index])
             turn += 1
     path = directory.begin_step(step_id)
     for rank, fragments in enumerate(held):
