@@ -89,7 +89,7 @@ def compare_steps(
     objects: bool = True,
     on_bytes: Callable[[int], None] | None = None,
 ) -> Comparison:
-    """Compare tensors of two checkpoints, piece by piece, in less than 64 MiB of memory.
+    """Compare tensors of two checkpoints, piece by piece, in less than 32 MiB of memory.
 
     Args:
         first: reader of one.

@@ -9,7 +9,7 @@ import numpy.typing as npt
 
 from everstep.checkpoint.layout import Box
 
-PIECE_BYTES = 8 * 2**20
+PIECE_BYTES = 4 * 2**20
 """What is read of a tensor at a time by whoever streams it."""
 
 

@@ -168,6 +168,7 @@ class Survey:
 
 def survey(directory: CheckpointDirectory) -> Survey:
     """Look at every step of a directory; what is damaged is told, not raised."""
+    begun = {s for path in directory.root.iterdir() if (s := step_id_of(path.name)) is not None}
     committed = set(directory.committed())
     lineage: set[StepId] | None = None
     problem = None
@@ -177,15 +178,9 @@ def survey(directory: CheckpointDirectory) -> Survey:
         problem = str(error)
     steps = [
         _look_at(directory, step_id, step_id in committed, lineage)
-        for step_id in sorted({*committed, *half_written(directory)}, key=lambda s: (s[1], s[0]))
+        for step_id in sorted(begun | committed, key=lambda s: (s.step, s.generation))
     ]
     return Survey(tuple(steps), problem)
-
-
-def half_written(directory: CheckpointDirectory) -> list[StepId]:
-    """Steps that were begun and are not committed: a save that runs, or that has failed."""
-    begun = (step_id_of(path.name) for path in directory.root.iterdir())
-    return sorted({s for s in begun if s is not None} - set(directory.committed()))
 
 
 def _look_at(

@@ -1,6 +1,7 @@
 """Comparing checkpoints: every difference is found and measured, whatever the layouts are."""
 
 import math
+import tracemalloc
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from everstep.checkpoint.compare import (
     differences,
     object_differences,
 )
+from everstep.checkpoint.digest import digest_step
 from everstep.checkpoint.layout import TensorSpec
 from tests.support.stored import SAFETENSORS_NAMES, Array, saved_reader
 
@@ -131,6 +133,24 @@ def test_equal_states_in_two_layouts(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert all(t.equal for t in found.tensors)
     assert found.objects == (ObjectDifference("x", "1", "2"),)
     assert not found.equal
+
+
+def test_memory_is_bounded(tmp_path: Path) -> None:
+    large = np.arange(6 * 2**20, dtype=np.float32)
+    with (
+        saved_reader(tmp_path / "1", {"a": large}) as one,
+        saved_reader(tmp_path / "2", {"a": large + 1}) as two,
+    ):
+        del large
+        tracemalloc.start()
+        try:
+            (found,) = compare_steps(one, two, names=["a"]).tensors
+            digest_step(one)
+            _, peak_bytes = tracemalloc.get_traced_memory()
+        finally:
+            tracemalloc.stop()
+    assert found.differences == Differences(6 * 2**20, 0, 1.0)
+    assert peak_bytes < 32 * 2**20
 
 
 def test_every_kind_of_difference(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
