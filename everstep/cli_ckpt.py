@@ -177,7 +177,7 @@ def verify(
     """Read every byte of a checkpoint and compare it with its checksum."""
     from everstep import ckpt_report
     from everstep.checkpoint.digest import digest_step
-    from everstep.checkpoint.verify import verify_packs
+    from everstep.checkpoint.verify import verify_index, verify_packs
     from everstep.ckpt_place import open_place
     from everstep.ckpt_text import byte_progress, stdout_console
 
@@ -190,6 +190,7 @@ def verify(
             damages = verify_packs(
                 opened.files(step_id), manifest, threads=workers, on_bytes=on_bytes
             )
+        damages += verify_index(opened.files(step_id), manifest)
         if digest and not damages:
             with byte_progress("digesting", _size_bytes(reader, manifest.tensors)) as on_bytes:
                 state = digest_step(reader, on_bytes=on_bytes)
