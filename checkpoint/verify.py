@@ -11,6 +11,7 @@ import numpy.typing as npt
 from everstep.checkpoint.kernels import crc32c, crc32c_blocks
 from everstep.checkpoint.manifest import Manifest
 from everstep.checkpoint.pack import BLOCK_BYTES, PackRecord, pack_order, pack_starts
+from everstep.checkpoint.views.index_files import index_files
 
 RUN_BYTES = 16 * BLOCK_BYTES
 """What is read at a time."""
@@ -33,9 +34,9 @@ class Damage:
     """Something that cannot be read as it was written."""
 
     file: str
-    """Name of the pack."""
+    """Name of the pack, or of a file of the views."""
     block: int | None
-    """Number of the block; None: nothing of the pack can be trusted."""
+    """Number of the block; None: nothing of the file can be trusted."""
     problem: str
     tensors: tuple[str, ...]
     """Names of all tensors that have a part in it."""
@@ -76,6 +77,24 @@ def verify_packs(
                 )
         before_bytes += record.size_bytes
         report(before_bytes)
+    return found
+
+
+def verify_index(files: StepFiles, manifest: Manifest) -> list[Damage]:
+    """Compare the files of the views with what the manifest makes them; none of ours reads them."""
+    found = []
+    for name, data in index_files(manifest).items():
+        try:
+            size_bytes = files.size(name)
+            if size_bytes is None:
+                problem = "the file is missing"
+            elif size_bytes == len(data) and files.read(name, 0, size_bytes) == data:
+                continue
+            else:
+                problem = "it is not what the manifest makes it: TensorStore cannot use it"
+        except OSError as error:
+            problem = _sentence(error)
+        found.append(Damage(file=name, block=None, problem=problem, tensors=()))
     return found
 
 

@@ -54,7 +54,7 @@ def print_verification(console: "Console", found: Mapping[str, Any]) -> None:
             )
             for d in found["damages"]
         ]
-        print_table(console, ("pack", "block", "problem", "tensors"), rows, right=(1,))
+        print_table(console, ("file", "block", "problem", "tensors"), rows, right=(1,))
     if found["digest"]:
         for kind in ("state", "rng", "objects"):
             say(console, f"  {kind:8} {found['digest'][kind]}")

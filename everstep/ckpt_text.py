@@ -53,8 +53,11 @@ def print_table(
 
 
 @contextmanager
-def byte_progress(what: str, total_bytes: int) -> Iterator[Callable[[int], None]]:
-    """A bar on a terminal's error stream, to be told how many bytes are done so far."""
+def byte_progress(what: str, total_bytes: int | None) -> Iterator[Callable[[int], None]]:
+    """A bar on a terminal's error stream, to be told how many bytes are done so far.
+
+    ``total_bytes`` is None where nobody knows it.
+    """
     from rich.console import Console
     from rich.progress import (
         BarColumn,

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from everstep.checkpoint.errors import EverstepError
-from everstep.cli_ckpt import ckpt_app
+from everstep.cli_ckpt_convert import ckpt_app
 from everstep.cli_data import data_app
 from everstep.cli_jobs import register as register_job_commands
 from everstep.cli_options import ConfigArgument, Nproc, Overrides, Resume

@@ -1,4 +1,7 @@
-"""``everstep ckpt``: look at checkpoints, verify, compare and clear them away."""
+"""``everstep ckpt``: look at checkpoints, verify, compare and clear them away.
+
+Export and import are in ``cli_ckpt_convert.py``.
+"""
 
 import functools
 import sys
@@ -15,7 +18,7 @@ if TYPE_CHECKING:
 ckpt_app = typer.Typer(
     no_args_is_help=True,
     rich_markup_mode=None,
-    help="Look at checkpoints, verify, compare and clear them away.",
+    help="Look at checkpoints, verify, compare, convert and clear them away.",
 )
 
 PlaceArgument = Annotated[
@@ -43,7 +46,7 @@ _NOT_THE_SAME = 1
 _TROUBLE = 2
 
 
-def _in_one_sentence(command: Callable[_P, _R]) -> Callable[_P, _R]:
+def in_one_sentence(command: Callable[_P, _R]) -> Callable[_P, _R]:
     """A function that tells what a file system refuses as it tells its own errors."""
 
     @functools.wraps(command)
@@ -76,7 +79,7 @@ Examples:
 the packs is read by `everstep ckpt verify`. Exit code: 1 when something listed is damaged.
 """,
 )
-@_in_one_sentence
+@in_one_sentence
 def ls(
     place: PlaceArgument,
     everything: Annotated[
@@ -117,7 +120,7 @@ Examples:
   everstep ckpt inspect runs/demo --tensor model.head.weight    where its boxes are
 """,
 )
-@_in_one_sentence
+@in_one_sentence
 def inspect(
     place: PlaceArgument,
     step: StepOption = None,
@@ -166,7 +169,7 @@ Examples:
 Exit code: 0 whole, 1 damaged.
 """,
 )
-@_in_one_sentence
+@in_one_sentence
 def verify(
     place: PlaceArgument,
     step: StepOption = None,
@@ -180,7 +183,7 @@ def verify(
     """Read every byte of a checkpoint and compare it with its checksum."""
     from everstep import ckpt_report
     from everstep.checkpoint.digest import digest_step
-    from everstep.checkpoint.verify import verify_packs
+    from everstep.checkpoint.verify import verify_index, verify_packs
     from everstep.ckpt_place import open_place
     from everstep.ckpt_text import byte_progress, stdout_console
 
@@ -193,6 +196,7 @@ def verify(
             damages = verify_packs(
                 opened.files(step_id), manifest, threads=workers, on_bytes=on_bytes
             )
+        damages += verify_index(opened.files(step_id), manifest)
         if digest and not damages:
             with byte_progress("digesting", _size_bytes(reader, manifest.tensors)) as on_bytes:
                 state = digest_step(reader, on_bytes=on_bytes)
@@ -240,7 +244,7 @@ def diff(
     """
     from everstep.checkpoint.errors import EverstepError
 
-    compare = _in_one_sentence(_diff)
+    compare = in_one_sentence(_diff)
     try:
         options = parse_storage_options(storage_option)
         code = compare(
@@ -303,7 +307,7 @@ Examples:
 The newest checkpoint is never deleted. A directory that a job writes to is refused.
 """,
 )
-@_in_one_sentence
+@in_one_sentence
 def gc(
     place: PlaceArgument,
     keep: Annotated[

@@ -291,6 +291,17 @@ def test_verify_reports_all_damage(run: Path, ckpt: Ckpt) -> None:
     assert "manifest.json is damaged" in ckpt.errors
 
 
+def test_verify_reads_the_files_of_the_views(run: Path, ckpt: Ckpt) -> None:
+    folder = manifest_of(run, StepId(2, 40)).parent
+    spoil(folder / "index.ocdbt")
+    (folder / "manifest.ocdbt").unlink()
+    found = ckpt.json("verify", run, code=1)
+    assert {d["file"]: d["problem"] for d in found["damages"]} == {
+        "index.ocdbt": "it is not what the manifest makes it: TensorStore cannot use it",
+        "manifest.ocdbt": "the file is missing",
+    }
+
+
 def test_diff(run: Path, tmp_path: Path, ckpt: Ckpt) -> None:
     other = tmp_path / "other"
     CheckpointDirectory(other / "checkpoints").create_generation(None, {"rank": 4})
