@@ -153,7 +153,7 @@ def export_dcp(
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise CheckpointError(f"{folder} is not empty: export to another directory")
     make_directory(folder)
-    contents = contents_of(reader.manifest, reader.step_path)
+    contents = contents_of(reader.manifest, reader.where)
     described = dcp_metadata(contents)
     try:
         with _Files(folder) as files:
