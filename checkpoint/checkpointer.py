@@ -28,7 +28,7 @@ from everstep.checkpoint.errors import (
     SaveFailedError,
     StepExistsError,
 )
-from everstep.checkpoint.layout import Fragment
+from everstep.checkpoint.layout import RNG_PREFIX, Fragment
 from everstep.checkpoint.lineage import StepId
 from everstep.checkpoint.manifest import Manifest, Part
 from everstep.checkpoint.optimizer_parts import digest_values
@@ -40,7 +40,6 @@ from everstep.checkpoint.stores import open_store
 from everstep.checkpoint.torch_io import write_tensors
 from everstep.checkpoint.torch_layout import LiveTensor, live_tensor
 from everstep.checkpoint.torch_load import (
-    RNG_PREFIX,
     Selection,
     fill_together,
     prepare_load,

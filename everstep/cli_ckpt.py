@@ -268,7 +268,7 @@ def _diff(
 ) -> int:
     from everstep import ckpt_report
     from everstep.checkpoint.compare import compare_steps
-    from everstep.checkpoint.digest import RNG_PREFIX
+    from everstep.checkpoint.layout import RNG_PREFIX
     from everstep.checkpoint.open_place import open_place
     from everstep.ckpt_text import byte_progress, matching, stdout_console
 
