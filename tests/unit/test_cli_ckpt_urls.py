@@ -11,8 +11,8 @@ import torch
 from safetensors.numpy import load_file
 
 from everstep.checkpoint.lineage import StepId
+from tests.support.ckpt_runs import Ckpt, arrays, ckpt, manifest_of, run
 from tests.support.s3_server import S3Server
-from tests.unit.test_cli_ckpt import Ckpt, arrays, ckpt, manifest_of, run
 
 __all__ = ["ckpt", "run"]
 
