@@ -3,11 +3,9 @@
 import contextlib
 import math
 import os
-import platform
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from importlib import metadata
 from types import TracebackType
 from typing import Any
 
@@ -33,6 +31,7 @@ from everstep.checkpoint.lineage import StepId
 from everstep.checkpoint.manifest import Manifest, Part
 from everstep.checkpoint.optimizer_parts import digest_values
 from everstep.checkpoint.ownership import Ownership
+from everstep.checkpoint.producer import producer
 from everstep.checkpoint.save_plan import SavePlan
 from everstep.checkpoint.step_keys import step_key
 from everstep.checkpoint.store import Store
@@ -305,13 +304,8 @@ class Checkpointer:
         optimizer = optimizer_of(state)
         if self._collective.rank != 0:
             return optimizer
-        producer = {
-            "everstep": _version(),
-            "torch": torch.__version__,
-            "python": platform.python_version(),
-        }
-        objects = objects_of(state)
-        return {"mesh": self._mesh, "producer": producer, "objects": objects, **optimizer}
+        versions, objects = producer(torch=torch.__version__), objects_of(state)
+        return {"mesh": self._mesh, "producer": versions, "objects": objects, **optimizer}
 
     def _write(
         self,
@@ -385,10 +379,3 @@ class Checkpointer:
         trace: TracebackType | None,
     ) -> None:
         self.close()
-
-
-def _version() -> str:
-    try:
-        return metadata.version("everstep")
-    except metadata.PackageNotFoundError:
-        return "unknown"
