@@ -3,11 +3,9 @@
 import contextlib
 import math
 import os
-import platform
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from importlib import metadata
 from types import TracebackType
 from typing import Any
 
@@ -28,11 +26,12 @@ from everstep.checkpoint.errors import (
     SaveFailedError,
     StepExistsError,
 )
-from everstep.checkpoint.layout import Fragment
+from everstep.checkpoint.layout import RNG_PREFIX, Fragment
 from everstep.checkpoint.lineage import StepId
 from everstep.checkpoint.manifest import Manifest, Part
 from everstep.checkpoint.optimizer_parts import digest_values
 from everstep.checkpoint.ownership import Ownership
+from everstep.checkpoint.producer import producer
 from everstep.checkpoint.save_plan import SavePlan
 from everstep.checkpoint.step_keys import step_key
 from everstep.checkpoint.store import Store
@@ -40,7 +39,6 @@ from everstep.checkpoint.stores import open_store
 from everstep.checkpoint.torch_io import write_tensors
 from everstep.checkpoint.torch_layout import LiveTensor, live_tensor
 from everstep.checkpoint.torch_load import (
-    RNG_PREFIX,
     Selection,
     fill_together,
     prepare_load,
@@ -306,13 +304,8 @@ class Checkpointer:
         optimizer = optimizer_of(state)
         if self._collective.rank != 0:
             return optimizer
-        producer = {
-            "everstep": _version(),
-            "torch": torch.__version__,
-            "python": platform.python_version(),
-        }
-        objects = objects_of(state)
-        return {"mesh": self._mesh, "producer": producer, "objects": objects, **optimizer}
+        versions, objects = producer(torch=torch.__version__), objects_of(state)
+        return {"mesh": self._mesh, "producer": versions, "objects": objects, **optimizer}
 
     def _write(
         self,
@@ -386,10 +379,3 @@ class Checkpointer:
         trace: TracebackType | None,
     ) -> None:
         self.close()
-
-
-def _version() -> str:
-    try:
-        return metadata.version("everstep")
-    except metadata.PackageNotFoundError:
-        return "unknown"

@@ -115,18 +115,6 @@ def layout_of(spec: TensorSpec, fragments: Iterable[Fragment]) -> Layout:
         raise LayoutError(f"tensor {spec.name!r} of shape {spec.shape}: {e}") from None
 
 
-def grid_of(spec: TensorSpec, boxes: Iterable[Box]) -> Grid:
-    """The grid that boxes form.
-
-    Raises:
-        LayoutError: the boxes leave a hole, overlap, or do not line up as a grid.
-    """
-    layout = layout_of(spec, (Fragment(spec, box) for box in boxes))
-    if not isinstance(layout, Grid):
-        raise LayoutError(f"tensor {spec.name!r} of shape {spec.shape}: its boxes form no grid")
-    return layout
-
-
 def _layout(shape: tuple[int, ...], cells: Collection[tuple[Box, bool]]) -> Layout:
     """As ``layout_of``, of distinct cells, raising ValueError."""
     if not math.prod(shape):

@@ -23,12 +23,10 @@ import numpy as np
 import numpy.typing as npt
 
 from everstep.checkpoint.direct_io import ByteArray
-from everstep.checkpoint.layout import Box, TensorSpec
+from everstep.checkpoint.layout import RNG_PREFIX, Box, TensorSpec
 from everstep.checkpoint.pieces import PIECE_BYTES, linear_indices, pieces
 from everstep.checkpoint.step_reader import StepReader
 
-RNG_PREFIX = "rng."
-"""Names of tensors that mean something on the mesh they were saved on, and on no other."""
 _CHUNK_ITEMS = 2**15  # some arrays of 256 KiB at a time stay in the second-level cache
 _MODULUS = 2**128
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)

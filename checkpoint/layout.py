@@ -29,6 +29,8 @@ ITEM_BYTES = {
 }  # fmt: skip
 """Bytes per item of each dtype; the names are those of safetensors where that has one."""
 
+RNG_PREFIX = "rng."
+"""Names of tensors that mean something on the mesh they were saved on, and on no other."""
 Integers = npt.NDArray[np.int64]
 
 
@@ -105,13 +107,6 @@ class Fragment(NamedTuple):
             f"{o}:{o + n}" for o, n in zip(self.box.offset, self.box.shape, strict=True)
         )
         return f"{self.spec.name}[{'flat ' if self.flat else ''}{ranges}]"
-
-
-def flat_fragment(spec: TensorSpec, begin: int, end: int) -> Fragment:
-    """The fragment of the items [begin, end) in C order: a box where that is all or one dim."""
-    if (begin, end) == (0, math.prod(spec.shape)):
-        return Fragment(spec, spec.whole)
-    return Fragment(spec, Box((begin,), (end - begin,)), flat=len(spec.shape) != 1)
 
 
 def flat_index(shape: Sequence[int], index: Sequence[int]) -> int:

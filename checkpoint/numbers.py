@@ -15,12 +15,13 @@ import numpy.typing as npt
 
 from everstep.checkpoint.direct_io import ByteArray
 
-_DTYPES = {
+NUMPY_DTYPES = {
     "F64": "<f8", "F32": "<f4", "F16": "<f2", "C64": "<c8", "C128": "<c16",
     "I64": "<i8", "I32": "<i4", "I16": "<i2", "I8": "<i1",
     "U64": "<u8", "U32": "<u4", "U16": "<u2", "U8": "<u1", "BOOL": "<u1",
     "F4_X2": "<u1",
 }  # fmt: skip
+"""Those that NumPy has; it takes pairs of 4-bit floats as bytes."""
 
 
 def numbers(dtype: str, data: ByteArray) -> npt.NDArray[Any]:
@@ -39,7 +40,7 @@ def numbers(dtype: str, data: ByteArray) -> npt.NDArray[Any]:
             return data.view("<f2").astype(np.float32).view(np.complex64)
     if dtype.startswith("F8_"):
         return _float8(dtype)[data]
-    return data.view(_DTYPES[dtype])
+    return data.view(NUMPY_DTYPES[dtype])
 
 
 @cache

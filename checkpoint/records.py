@@ -5,7 +5,6 @@ is over ``BODY``, so that every flipped bit, version included, is noticed.
 """
 
 import json
-import os
 import re
 from pathlib import Path
 from typing import Any
@@ -79,17 +78,6 @@ def read_record(store: Store, key: str) -> bytes:
     if len(data) > MAX_RECORD_BYTES:
         raise ManifestError(store.describe(key), f"it is larger than {MAX_RECORD_BYTES} bytes")
     return data
-
-
-def read_bytes(path: Path) -> bytes:
-    """The bytes of a record that is a local file, wherever it is; as ``read_record``."""
-    try:
-        with path.open("rb") as file:
-            if os.fstat(file.fileno()).st_size > MAX_RECORD_BYTES:
-                raise ManifestError(path, f"it is larger than {MAX_RECORD_BYTES} bytes")
-            return file.read()
-    except FileNotFoundError:
-        raise ManifestError(path, "the file is missing") from None
 
 
 def _refuse(constant: str) -> None:

@@ -33,15 +33,18 @@ def generation_key(number: int) -> str:
     return f"{GENERATIONS}/{number:05d}.json"
 
 
+def step_id_of(name: str) -> StepId | None:
+    """The checkpoint whose folder has this name; None where it is no such name."""
+    match = _STEP_NAME.fullmatch(name)
+    if match is None:
+        return None
+    step_id = StepId(int(match[2]), int(match[1]))
+    return step_id if step_key(step_id) == name else None  # it may have surplus leading zeros
+
+
 def steps_in(store: Store) -> list[StepId]:
     """Every step that has a folder, committed or not."""
-    found = []
-    for name in store.list():
-        if match := _STEP_NAME.fullmatch(name):
-            step_id = StepId(int(match[2]), int(match[1]))
-            if step_key(step_id) == name:  # not so with surplus leading zeros
-                found.append(step_id)
-    return found
+    return [step_id for name in store.list() if (step_id := step_id_of(name)) is not None]
 
 
 def is_committed(store: Store, step_id: StepId) -> bool:

@@ -41,6 +41,13 @@ class StepReader:
             self._ranged = RangedReader(step, manifest, threads=threads)
 
     @property
+    def where(self) -> str:
+        """Path or URL of the checkpoint, for people and messages."""
+        if isinstance(self._step, Path):
+            return str(self._step)
+        return self._step.store.describe(self._step.folder)
+
+    @property
     def step_path(self) -> Path:
         """Local folder of the checkpoint; raises CheckpointError where it has none."""
         if isinstance(self._step, Path):
@@ -48,8 +55,8 @@ class StepReader:
         path = self._step.store.local_path(self._step.folder)
         if path is None:
             raise CheckpointError(
-                f"{self._step.store.describe(self._step.folder)} is not a local folder: this needs "
-                "one; copy the checkpoint to a local disk first"
+                f"{self.where} is not a local folder: this needs one; copy the checkpoint to a "
+                "local disk first"
             )
         return path
 

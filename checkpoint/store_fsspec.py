@@ -26,6 +26,8 @@ MAX_PARTS = 9_000
 """S3 takes 10,000 parts; a large pack gets larger parts."""
 _EXCLUSIVE_OPEN = {"s3", "s3a", "memory"}
 """File systems whose ``open(…, "xb")`` is known to create, never to replace."""
+_EXTRAS = {"s3": "s3", "s3a": "s3"}
+"""Scheme -> the extra of ours that brings its file system."""
 _CREATING = threading.Lock()
 """File systems in this process's memory look first and create then."""
 
@@ -59,7 +61,8 @@ class FsspecStore:
             fs, root = url_to_fs(url, **options)
         except ImportError as e:
             raise CheckpointError(
-                f"checkpoints in {url!r} need another package ({_one_line(e)}): install it with pip"
+                f"checkpoints in {url!r} need another package ({_one_line(e)}): "
+                f"{how_to_install(url)}"
             ) from e
         except Exception as e:  # whatever the file system's library raises
             raise CheckpointError(
@@ -227,6 +230,12 @@ class FsspecWriter:
             self._file.closed = True
         with contextlib.suppress(Exception):
             self._fs.rm_file(self._path)  # where a file is visible from its first byte on
+
+
+def how_to_install(url: str) -> str:
+    """What brings the package that a URL's file system is in."""
+    extra = _EXTRAS.get(url.rpartition("::")[2].partition("://")[0])
+    return f"pip install 'everstep[{extra}]'" if extra else "install it with pip"
 
 
 def _protocols(fs: Any) -> set[str]:

@@ -27,11 +27,15 @@ def open_store(
     """
     if isinstance(where, str) and is_url(where):
         return FsspecStore(where, storage_options, single_writer=single_writer)
-    if isinstance(where, str):
-        for scheme in _LOCAL:
-            where = where.removeprefix(scheme)
     if isinstance(where, str | os.PathLike):
-        return LocalStore(Path(where))
+        return LocalStore(Path(without_scheme(os.fspath(where))))
+    return where
+
+
+def without_scheme(where: str) -> str:
+    """A path that is written as a URL (``file://``) as what it is; anything else as it stands."""
+    for scheme in _LOCAL:
+        where = where.removeprefix(scheme)
     return where
 
 

@@ -18,7 +18,6 @@ from everstep.checkpoint.torch_layout import LiveTensor
 from everstep.checkpoint.torch_state import State, materialise_optimizer, tensors_of
 
 KINDS = ("model", "optimizer", "objects", "rng")
-RNG_PREFIX = "rng."
 
 
 @dataclass(frozen=True)

@@ -8,8 +8,8 @@ from typing import Any
 from everstep.checkpoint.convert import formats
 from everstep.checkpoint.convert.atomic import DEFAULT_BUDGET_BYTES, OnBytes, new_target
 from everstep.checkpoint.convert.formats import Format
+from everstep.checkpoint.open_place import Place
 from everstep.checkpoint.step_reader import StepReader
-from everstep.ckpt_place import Place
 from everstep.trainer.errors import ConfigError
 
 REFERENCES = "zarr-references"

@@ -10,8 +10,9 @@ from everstep.checkpoint.commit import GRACE_S, CheckpointDirectory
 from everstep.checkpoint.errors import CheckpointError
 from everstep.checkpoint.lineage import StepId
 from everstep.checkpoint.lock import DirectoryLock
+from everstep.checkpoint.open_place import Place
 from everstep.checkpoint.retention import abandoned, superfluous
-from everstep.ckpt_place import Place, Survey, survey
+from everstep.ckpt_survey import Survey, survey
 from everstep.ckpt_text import print_table, say
 from everstep.words import plural, size_words
 

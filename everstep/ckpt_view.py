@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 from everstep.checkpoint.layout import Box, TensorSpec
 from everstep.checkpoint.manifest import Manifest
-from everstep.ckpt_place import Place, StepFacts, Survey
+from everstep.checkpoint.open_place import Place
+from everstep.ckpt_survey import StepFacts, Survey
 from everstep.ckpt_text import (
     age_words,
     matching,

@@ -93,7 +93,8 @@ def ls(
     import time
 
     from everstep import ckpt_view
-    from everstep.ckpt_place import open_place, survey
+    from everstep.checkpoint.open_place import open_place
+    from everstep.ckpt_survey import survey
     from everstep.ckpt_text import stdout_console
 
     opened = open_place(place, storage_options=parse_storage_options(storage_option))
@@ -134,7 +135,7 @@ def inspect(
     """Show mesh, versions, objects, packs and tensors of a checkpoint, from its manifest alone."""
     from everstep import ckpt_view
     from everstep.checkpoint.errors import CheckpointError
-    from everstep.ckpt_place import open_place
+    from everstep.checkpoint.open_place import open_place
     from everstep.ckpt_text import stdout_console
 
     opened = open_place(place, step, storage_options=parse_storage_options(storage_option))
@@ -183,8 +184,8 @@ def verify(
     """Read every byte of a checkpoint and compare it with its checksum."""
     from everstep import ckpt_report
     from everstep.checkpoint.digest import digest_step
+    from everstep.checkpoint.open_place import open_place
     from everstep.checkpoint.verify import verify_index, verify_packs
-    from everstep.ckpt_place import open_place
     from everstep.ckpt_text import byte_progress, stdout_console
 
     opened = open_place(place, step, storage_options=parse_storage_options(storage_option))
@@ -267,8 +268,8 @@ def _diff(
 ) -> int:
     from everstep import ckpt_report
     from everstep.checkpoint.compare import compare_steps
-    from everstep.checkpoint.digest import RNG_PREFIX
-    from everstep.ckpt_place import open_place
+    from everstep.checkpoint.layout import RNG_PREFIX
+    from everstep.checkpoint.open_place import open_place
     from everstep.ckpt_text import byte_progress, matching, stdout_console
 
     places = [open_place(text, storage_options=options) for text in texts]
@@ -320,7 +321,7 @@ def gc(
 ) -> None:
     """Delete half-written steps, steps outside the lineage, and all but the newest N."""
     from everstep import ckpt_gc
-    from everstep.ckpt_place import open_place
+    from everstep.checkpoint.open_place import open_place
     from everstep.ckpt_text import stdout_console
 
     opened = open_place(place, storage_options=parse_storage_options(storage_option))

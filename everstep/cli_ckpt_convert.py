@@ -6,6 +6,7 @@ from typing import Annotated
 import typer
 
 from everstep.cli_ckpt import JsonOption, PlaceArgument, StepOption, ckpt_app, in_one_sentence
+from everstep.cli_options import StorageOption, parse_storage_options
 
 __all__ = ["ckpt_app"]
 
@@ -35,6 +36,7 @@ Examples:
   everstep ckpt export runs/demo demo-hf --to hf --dtype BF16 --tokenizer tokenizer.json
   everstep ckpt export runs/demo@200 weights.safetensors --to safetensors
   everstep ckpt export runs/demo demo.zarr --to zarr --what everything
+  everstep ckpt export s3://bucket/demo demo.pt --to torch
 
 \b
 The target is a new file or folder: it appears whole, or not at all.
@@ -61,11 +63,12 @@ def export(
         int | None, typer.Option(min=1, max=22, metavar="N", help="Of compression; default: 3.")
     ] = None,
     budget_mib: BudgetOption = 256,
+    storage_option: StorageOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """Write a checkpoint in another format."""
+    from everstep.checkpoint.open_place import open_place
     from everstep.ckpt_convert import export as run
-    from everstep.ckpt_place import open_place
     from everstep.ckpt_text import byte_progress
     from everstep.trainer.errors import ConfigError
 
@@ -79,7 +82,7 @@ def export(
         "level": level,
     }
     options = {name: value for name, value in given.items() if value is not None}
-    opened = open_place(place, step)
+    opened = open_place(place, step, storage_options=parse_storage_options(storage_option))
     with byte_progress("exporting", None) as on_bytes:
         made = run(opened, to, target, options, budget_bytes=budget_mib * 2**20, on_bytes=on_bytes)
     _tell(made.path, made.size_bytes, as_json)

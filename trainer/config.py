@@ -74,8 +74,9 @@ class ModelConfig(Section):
     factory_args: dict[str, Any] = Field(default_factory=dict)
     """Keyword arguments for ``factory``; it also gets ``vocab_size`` and ``seq_len``."""
     init_from: str | None = None
-    """Weights to begin with: a folder with config.json and safetensors, a safetensors file, or a
-    run, checkpoint directory or step of everstep. Resuming a run takes that run's own instead."""
+    """Weights to begin with: a folder with config.json and safetensors, a safetensors file, or the
+    path or URL of a run, checkpoint directory or step of everstep (RUN@200: that step). Resuming a
+    run takes that run's own instead."""
     vocab_size: Positive | Auto = AUTO
     """Rows of the embedding; auto = the tokenizer's, rounded up to a multiple of 64."""
     dim: int = Field(default=256, ge=1)

@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from everstep.checkpoint.collective import Collective, SingleProcess, on_rank0
 from everstep.checkpoint.convert.architecture import OBJECT_NAME, Architecture, from_objects
 from everstep.checkpoint.convert.converted import Converted
 from everstep.checkpoint.convert.hf import plan_hf_import, read_architecture
@@ -17,8 +18,11 @@ from everstep.checkpoint.convert.plan import plan_extract, plan_union
 from everstep.checkpoint.convert.safetensors_source import SafetensorsSource
 from everstep.checkpoint.convert.source import Source
 from everstep.checkpoint.convert.spec import load_spec
-from everstep.checkpoint.convert.step_source import StepSource, is_step_or_directory, open_step
+from everstep.checkpoint.convert.step_source import StepSource
 from everstep.checkpoint.layout import TensorSpec
+from everstep.checkpoint.lineage import StepId
+from everstep.checkpoint.open_place import Place, find_place
+from everstep.checkpoint.stores import is_url, without_scheme
 from everstep.checkpoint.torch_layout import (
     DTYPE_NAMES,
     LiveTensor,
@@ -32,39 +36,43 @@ from everstep.trainer.errors import ConfigError
 from everstep.trainer.model import build_model
 
 
-def init_from(model: nn.Module, config: RunConfig, vocab_size: int) -> str:
+def init_from(
+    model: nn.Module, config: RunConfig, vocab_size: int, collective: Collective | None = None
+) -> str:
     """Overwrite every parameter and buffer of a parallelised model; says what with.
 
     Args:
         model: as ``init.materialise`` left it.
         config: of the run; ``model.init_from`` is a folder of transformers, a safetensors file, or
-            a run, checkpoint directory or step of ours.
+            a checkpoint of ours, as a path or URL: see ``open_place``.
         vocab_size: the tokenizer's.
+        collective: of the job, whose ranks all call this; None: it has one.
 
     Raises:
         ConfigError: there is nothing, or it is of another model; every difference is told.
         ConversionError: it does not hold exactly the tensors of this model.
         DamagedError: it is damaged; the model is not to be used.
     """
-    path = Path(config.model.init_from or "").expanduser()
+    named = without_scheme(config.model.init_from or "")
+    path = Path(named).expanduser()
+    ours = architecture_of(config, vocab_size) if config.model.factory is None else None
+    place = find_place(named if is_url(named) else path)
+    if place is not None:
+        step_id = _chosen(place, collective or SingleProcess())
+        with place.open(step_id) as reader:
+            if ours is not None and OBJECT_NAME in reader.manifest.objects:
+                _compare(ours, from_objects(reader.manifest.objects, reader.where), reader.where)
+            source = StepSource(reader)
+            wanted = _whole_model(model, config, vocab_size)
+            plan = plan_extract(load_spec("weights"), source.tensors, wanted, where=reader.where)
+            _fill(model, Converted(plan, source))
+            return f"the weights of {reader.where}"
     if not path.exists():
         raise ConfigError(
             f"model.init_from: there is no {path} (looked in {Path.cwd()}); give a folder with "
             "config.json and safetensors, a safetensors file, or a checkpoint of a run"
         )
-    built_in = config.model.factory is None
-    ours = architecture_of(config, vocab_size) if built_in else None
     wanted = _whole_model(model, config, vocab_size)
-    if is_step_or_directory(path):
-        with open_step(path) as reader:
-            if ours is not None and OBJECT_NAME in reader.manifest.objects:
-                where = str(reader.step_path)
-                _compare(ours, from_objects(reader.manifest.objects, where), where)
-            source = StepSource(reader)
-            spec = load_spec("weights")
-            plan = plan_extract(spec, source.tensors, wanted, where=str(reader.step_path))
-            _fill(model, Converted(plan, source))
-            return f"the weights of {reader.step_path}"
     with SafetensorsSource(path) as files:
         if ours is not None:
             theirs = read_architecture(path)
@@ -74,6 +82,17 @@ def init_from(model: nn.Module, config: RunConfig, vocab_size: int) -> str:
             plan = plan_union(load_spec("model"), files.tensors, wanted, where=str(path))
         _fill(model, Converted(plan, files))
     return f"the weights of {path}"
+
+
+def _chosen(place: Place, collective: Collective) -> StepId:
+    """The same step on all ranks, though another job may be saving there."""
+
+    def choose() -> tuple[int, int]:
+        step_id = place.chosen()
+        return step_id.generation, step_id.step
+
+    generation, step = on_rank0(collective, "init_from", choose)
+    return StepId(generation, step)
 
 
 def _whole_model(model: nn.Module, config: RunConfig, vocab_size: int) -> dict[str, TensorSpec]:

@@ -113,7 +113,7 @@ def _run(
     ):
         loaded = _resume(spec, checkpointer, engine, stream, say)
         if loaded is None and config.model.init_from is not None:
-            taken = init_from(engine.model, config, corpus.vocab_size)
+            taken = init_from(engine.model, config, corpus.vocab_size, collective)
             say("message", text=f"beginning with {taken}")
         done_steps = loaded.step if loaded else 0
         sinks = open_sinks(config, run_dir, done_steps) if spec.rank == 0 else []

@@ -5,13 +5,14 @@ from collections.abc import Mapping
 import numpy as np
 from numpy.typing import NDArray
 
-from everstep.checkpoint.convert.cast import FLOATS, decode, encode
+from everstep.checkpoint.convert.cast import FLOATS, encode
 from everstep.checkpoint.convert.errors import ConversionError
 from everstep.checkpoint.convert.plan import Plan
 from everstep.checkpoint.convert.source import Source
 from everstep.checkpoint.convert.view import Piece, Place, blocks, plan_reads
 from everstep.checkpoint.direct_io import ByteArray
 from everstep.checkpoint.layout import ITEM_BYTES, Box, TensorSpec
+from everstep.checkpoint.numbers import numbers
 from everstep.checkpoint.pack import StridedBytes, dense_strides
 
 SCRATCH_BYTES = 4 * 2**20
@@ -59,7 +60,7 @@ class Converted:
         for box in blocks(piece.box, ITEM_BYTES[source_dtype], SCRATCH_BYTES):
             data = self._combined(piece.at(box), source_dtype, name)
             if dtype != source_dtype:
-                data = encode(decode(data, source_dtype), dtype)
+                data = encode(numbers(source_dtype, data), dtype)
             inside = box.relative_to(piece.box)
             offset = target.offset_bytes + _dot(inside, target.strides_bytes)
             block = StridedBytes(target.buffer, offset, target.strides_bytes)
@@ -79,9 +80,9 @@ class Converted:
         if dtype not in FLOATS:
             raise ConversionError(repr(name), [f"there is no mean of {dtype} tensors"])
         with np.errstate(invalid="ignore"):  # signalling NaN
-            total = decode(data, dtype).astype(np.float64)
+            total = numbers(dtype, data).astype(np.float64)
             for other in others:
-                total += decode(self._dense(other, part.box.shape, dtype), dtype)
+                total += numbers(dtype, self._dense(other, part.box.shape, dtype))
         return encode(total / len(part.places), dtype)
 
     def _dense(self, place: Place, extents: tuple[int, ...], dtype: str) -> ByteArray:

@@ -10,9 +10,7 @@ import io
 import math
 import os
 import pickle
-import platform
 from collections.abc import Callable, Mapping, Sequence, Set
-from importlib import metadata as packages
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +38,7 @@ from everstep.checkpoint.lock import DirectoryLock
 from everstep.checkpoint.manifest import Part, build_manifest
 from everstep.checkpoint.pack import PackPlan, PackRecord, StridedBytes, plan_pack, write_pack
 from everstep.checkpoint.plain_json import Json
+from everstep.checkpoint.producer import producer
 from everstep.checkpoint.step_reader import StepReader
 from everstep.checkpoint.torch_layout import DTYPES, strided_bytes
 from everstep.checkpoint.views.dcp_contents import contents_of, dcp_objects, plain_form, spread
@@ -84,12 +83,7 @@ def import_dcp(
     sources, plans = _plan(opened, names, raw)
     context = {
         "mesh": {"rank": len(plans)},
-        "producer": {
-            "everstep": _version(),
-            "torch": torch.__version__,
-            "python": platform.python_version(),
-            "imported_from": "torch DCP",
-        },
+        "producer": producer(torch=torch.__version__, imported_from="torch DCP"),
         "objects": dcp_objects(
             {names[name]: value for name, value in plain.items()},
             [names[name] for name in raw],
@@ -153,7 +147,7 @@ def export_dcp(
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise CheckpointError(f"{folder} is not empty: export to another directory")
     make_directory(folder)
-    contents = contents_of(reader.manifest, reader.step_path)
+    contents = contents_of(reader.manifest, reader.where)
     described = dcp_metadata(contents)
     try:
         with _Files(folder) as files:
@@ -330,10 +324,3 @@ def _bytes_of(source: DcpSource, fragment: Fragment, name: str, raw: Set[str]) -
 
 def _after(done: int, on_bytes: Callable[[int], None] | None) -> Callable[[int], None] | None:
     return None if on_bytes is None else lambda count: on_bytes(done + count)
-
-
-def _version() -> str:
-    try:
-        return packages.version("everstep")
-    except packages.PackageNotFoundError:
-        return "unknown"

@@ -1,5 +1,6 @@
 """Whole checkpoints, or models of any kind, as one file or folder that other libraries open."""
 
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Literal
 
@@ -15,8 +16,9 @@ from everstep.checkpoint.convert.safetensors_source import SafetensorsSource
 from everstep.checkpoint.convert.safetensors_writer import write_file
 from everstep.checkpoint.convert.source import Source
 from everstep.checkpoint.convert.spec import Spec, load_spec
-from everstep.checkpoint.convert.step_source import StepSource, is_step_or_directory, open_step
+from everstep.checkpoint.convert.step_source import StepSource
 from everstep.checkpoint.convert.step_writer import write_step
+from everstep.checkpoint.open_place import find_place
 from everstep.checkpoint.step_reader import StepReader
 
 What = Literal["model", "everything"]
@@ -65,7 +67,7 @@ def export_safetensors(
 
 def convert(
     spec: Spec | str | Path,
-    source: Path,
+    source: str | Path,
     target: Path,
     *,
     direction: Direction = "union",
@@ -77,7 +79,7 @@ def convert(
 
     Args:
         spec: a spec, the file of one, or the name of a packaged one.
-        source: a safetensors file, a folder of them, or a checkpoint of ours (its newest step).
+        source: a safetensors file, a folder of them, or a checkpoint of ours: see ``open_place``.
         target: the new file, or directory of checkpoints.
         direction: 'union' makes the spec's logical tensors from stored ones, 'extract' the inverse.
         form: what to write: one safetensors file, or a checkpoint directory whose step 0 has it.
@@ -91,19 +93,21 @@ def convert(
         DamagedError: the source is damaged.
     """
     parsed = spec if isinstance(spec, Spec) else load_spec(spec)
-    if is_step_or_directory(source):
-        with open_step(source) as reader:
-            return _convert(
-                parsed, StepSource(reader), source, target, direction, form, budget_bytes, on_bytes
-            )
-    with SafetensorsSource(source, with_file=parsed.with_file) as files:
-        return _convert(parsed, files, source, target, direction, form, budget_bytes, on_bytes)
+    with ExitStack() as stack:
+        opened: Source
+        if (place := find_place(source)) is not None:
+            opened = StepSource(stack.enter_context(place.open()))
+            where = opened.where
+        else:
+            files = SafetensorsSource(Path(source), with_file=parsed.with_file)
+            opened, where = stack.enter_context(files), str(source)
+        return _convert(parsed, opened, where, target, direction, form, budget_bytes, on_bytes)
 
 
 def _convert(
     spec: Spec,
     source: Source,
-    where: Path,
+    where: str,
     target: Path,
     direction: Direction,
     form: Form,
@@ -111,7 +115,7 @@ def _convert(
     on_bytes: OnBytes | None,
 ) -> int:
     make = plan_union if direction == "union" else plan_extract
-    converted = Converted(make(spec, source.tensors, where=str(where)), source)
+    converted = Converted(make(spec, source.tensors, where=where), source)
     written = ByteCount(on_bytes)
     if form == "checkpoint":
         write_step(converted, target, objects={}, budget_bytes=budget_bytes, on_bytes=written.reach)

@@ -1,8 +1,6 @@
 """Any source as a committed step of a new checkpoint directory, a pack at a time (no torch)."""
 
-import platform
 from collections.abc import Mapping
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +22,7 @@ from everstep.checkpoint.pack import (
     plan_pack,
     write_pack,
 )
+from everstep.checkpoint.producer import producer
 
 _SHARE = 4
 """A fragment may take one part of the budget in so many."""
@@ -65,7 +64,7 @@ def write_step(
         for rank, fragments in enumerate(layouts):
             context: dict[str, Any] = {}
             if rank == 0:
-                context = {"mesh": {"rank": len(layouts)}, "producer": _producer()}
+                context = {"mesh": {"rank": len(layouts)}, "producer": producer()}
                 context["objects"] = dict(objects)
             plan = plan_pack(rank, fragments)
             path = directory.begin_step(step_id) / f"rank-{rank:05d}-import.safetensors"
@@ -126,11 +125,3 @@ def _reads(source: Source) -> Any:
         return StridedBytes(data, 0, dense_strides(fragment.box.shape, fragment.spec.item_bytes))
 
     return read
-
-
-def _producer() -> dict[str, str]:
-    try:
-        version = metadata.version("everstep")
-    except metadata.PackageNotFoundError:
-        version = "unknown"
-    return {"everstep": version, "python": platform.python_version()}

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from itertools import accumulate, pairwise, product
 from typing import Literal
 
-from everstep.checkpoint.layout import Box, TensorSpec
+from everstep.checkpoint.layout import Box, TensorSpec, flat_boxes
 from everstep.checkpoint.pack import dense_strides
 
 Combine = Literal["same", "mean"]
@@ -185,7 +185,7 @@ def unflatten(view: View, shape: tuple[int, ...]) -> View:
     pieces = []
     for piece in view.pieces:
         (begin,), (count,) = piece.box.offset, piece.box.shape
-        for box in range_boxes(shape, begin, begin + count):
+        for box in flat_boxes(shape, begin, begin + count):
             skipped = sum(i * s for i, s in zip(box.offset, dense, strict=True)) - begin
             places = tuple(
                 Place(p.tensor, p.offset + skipped * unit, tuple(s * unit for s in dense))
@@ -194,24 +194,6 @@ def unflatten(view: View, shape: tuple[int, ...]) -> View:
             )
             pieces.append(replace(piece, box=box, places=places))
     return View(view.dtype, shape, tuple(pieces))
-
-
-def range_boxes(shape: tuple[int, ...], begin: int, end: int) -> list[Box]:
-    """Items ``[begin, end)`` of a tensor in C order, as at most ``2 * dims - 1`` boxes in order."""
-    if begin >= end:
-        return []
-    if not shape:
-        return [Box((), ())]
-    rest = shape[1:]
-    width = math.prod(rest)
-    (first, skip), (last, left) = divmod(begin, width), divmod(end, width)
-    if first == last:
-        return [_below(first, box) for box in range_boxes(rest, skip, left)]
-    found = [_below(first, box) for box in range_boxes(rest, skip, width)] if skip else []
-    first += bool(skip)
-    if first < last:
-        found.append(Box((first, *(0 for _ in rest)), (last - first, *rest)))
-    return found + [_below(last, box) for box in range_boxes(rest, 0, left)]
 
 
 def blocks(box: Box, item_bytes: int, most_bytes: int) -> Iterator[Box]:
@@ -279,7 +261,7 @@ def _reads(
     stride, extent, step = merged[0]
     dense = dense_strides(shape, 1)
     if len(merged) == 1 and stride == 1:
-        for box in range_boxes(shape, offset, offset + extent):
+        for box in flat_boxes(shape, offset, offset + extent):
             skipped = sum(i * s for i, s in zip(box.offset, dense, strict=True)) - offset
             yield Read(box, offset_bytes + skipped * step, tuple(s * step for s in dense))
         return

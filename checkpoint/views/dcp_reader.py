@@ -164,7 +164,7 @@ def object_bytes(reader: StepReader, contents: Contents, name: str) -> bytes:
     if name in contents.raw:
         return reader.read(name).tobytes()
     stream = io.BytesIO()
-    torch.save(plain_value(contents, name, reader.step_path), stream)
+    torch.save(plain_value(contents, name, reader.where), stream)
     return stream.getvalue()
 
 

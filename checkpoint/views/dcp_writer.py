@@ -8,11 +8,9 @@ coordinator, which makes the manifest of it.
 
 import io
 import os
-import platform
 import uuid
 from collections.abc import Mapping
 from dataclasses import dataclass
-from importlib import metadata as packages
 from typing import Any, TypeGuard
 
 import numpy as np
@@ -35,6 +33,7 @@ from everstep.checkpoint.layout import Box, Fragment, TensorSpec
 from everstep.checkpoint.manifest import Part
 from everstep.checkpoint.pack import PackRecord, StridedBytes, plan_pack, write_pack
 from everstep.checkpoint.plain_json import Json
+from everstep.checkpoint.producer import producer
 from everstep.checkpoint.torch_layout import DTYPE_NAMES, live_tensor, strided_bytes
 from everstep.checkpoint.views import dcp_versions
 from everstep.checkpoint.views.dcp_contents import dcp_objects, plain_form, spread
@@ -129,11 +128,7 @@ class StorageWriter(storage.StorageWriter):
         raw = [name for rank in written for name in rank.raw]
         context = {
             "mesh": {"rank": len(written)},
-            "producer": {
-                "everstep": _version(),
-                "torch": torch.__version__,
-                "python": platform.python_version(),
-            },
+            "producer": producer(torch=torch.__version__),
             "objects": dcp_objects(plain, raw, metadata.planner_data),
         }
         packs = [pack for rank in written for pack in rank.packs]
@@ -246,10 +241,3 @@ def _only_pickles(planner: SavePlanner) -> TypeGuard[DefaultSavePlanner]:
         and type(planner).resolve_data is default.resolve_data
         and type(planner).transform_object is default.transform_object
     )
-
-
-def _version() -> str:
-    try:
-        return packages.version("everstep")
-    except packages.PackageNotFoundError:
-        return "unknown"

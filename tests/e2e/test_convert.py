@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from everstep.checkpoint.convert.hf import export_hf
-from everstep.checkpoint.convert.step_source import open_step
+from everstep.checkpoint.open_place import open_place
 from tests.support import cli
 
 FAST = ("model.dropout=0", "train.eval_every=0", "train.eval_batches=2", "checkpoint.every_steps=2")
@@ -29,7 +29,7 @@ def test_training_goes_on_from_an_export(small_run: Path) -> None:
         return output
 
     train("first", "mesh.tp=1", "train.steps=4")
-    with open_step(small_run / "first") as reader:
+    with open_place(small_run / "first").open() as reader:
         assert reader.manifest.step == 4
         export_hf(reader, small_run / "hf")
 

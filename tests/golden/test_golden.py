@@ -9,8 +9,9 @@ from everstep.checkpoint.digest import digest_step
 from everstep.checkpoint.layout import ITEM_BYTES
 from everstep.checkpoint.lineage import StepId
 from everstep.checkpoint.numbers import numbers
+from everstep.checkpoint.open_place import open_place
 from everstep.checkpoint.verify import verify_packs
-from everstep.ckpt_place import open_place, survey
+from everstep.ckpt_survey import survey
 from tests.golden.contents import OBJECTS, OLDER, TENSORS, bits_of
 from tests.golden.make import make
 

@@ -21,12 +21,12 @@ from torch.distributed.tensor import (
 from torch.distributed.tensor.placement_types import _StridedShard
 from torch.nn.parallel import DistributedDataParallel
 
-from everstep.checkpoint.coverage import grid_of
 from everstep.checkpoint.errors import CollectiveError, LayoutError
 from everstep.checkpoint.layout import Box, TensorSpec
 from everstep.checkpoint.torch_collective import ProcessGroupCollective
 from everstep.checkpoint.torch_layout import live_tensor
 from everstep.checkpoint.torch_state import named_tensors
+from tests.support.fragments import grid_of
 from tests.support.spawn import run_ranks
 
 pytestmark = pytest.mark.multiproc

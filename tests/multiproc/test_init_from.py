@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 
 from everstep.checkpoint.checkpointer import Checkpointer
 from everstep.checkpoint.convert.hf import export_hf
-from everstep.checkpoint.convert.step_source import open_step
+from everstep.checkpoint.open_place import open_place
 from everstep.checkpoint.torch_layout import live_tensor
 from everstep.checkpoint.torch_state import named_tensors
 from everstep.trainer.config import (
@@ -111,7 +111,7 @@ def trained(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
     """A checkpoint after some steps, what transformers gets of it, and how one rank goes on."""
     folder, tie = tmp_path_factory.mktemp("trained"), bool(request.param)
     [(losses, _)] = run_ranks(train, 1, Layout(), tie, None, str(folder / "c"))
-    with open_step(folder / "c") as reader:
+    with open_place(folder / "c").open() as reader:
         export_hf(reader, folder / "hf", max_shard_bytes=9000)
     [(again, _)] = run_ranks(train, 1, Layout(), tie, str(folder / "hf"), None)
     assert again[0] < 0.99 * losses[0]  # it has learnt something

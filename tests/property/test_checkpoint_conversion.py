@@ -12,8 +12,8 @@ from everstep.checkpoint.convert.converted import Converted
 from everstep.checkpoint.convert.plan import plan_extract, plan_union
 from everstep.checkpoint.convert.source import read_box
 from everstep.checkpoint.convert.spec import Spec
-from everstep.checkpoint.convert.view import blocks, range_boxes
-from everstep.checkpoint.layout import Box
+from everstep.checkpoint.convert.view import blocks
+from everstep.checkpoint.layout import Box, flat_boxes
 from tests.support.conversions import (
     DTYPES,
     Arrays,
@@ -126,7 +126,7 @@ def test_a_range_is_few_boxes_in_order(shape: tuple[int, ...], data: st.DataObje
     begin = data.draw(st.integers(0, size))
     end = data.draw(st.integers(begin, size))
     numbers = np.arange(size).reshape(shape)
-    boxes = range_boxes(shape, begin, end)
+    boxes = list(flat_boxes(shape, begin, end))
     assert len(boxes) <= max(1, 2 * len(shape) - 1)
     assert _items(numbers, boxes) == list(range(begin, end))
 

@@ -13,7 +13,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.distributed.tensor import Replicate, Shard
 
-from everstep.checkpoint.coverage import grid_of
 from everstep.checkpoint.layout import Box, Fragment, TensorSpec
 from everstep.checkpoint.manifest import (
     Manifest,
@@ -24,6 +23,7 @@ from everstep.checkpoint.manifest import (
 )
 from everstep.checkpoint.pack import PackReader, StridedBytes, plan_pack, write_pack
 from everstep.checkpoint.reshard import plan_load, plan_save
+from tests.support.fragments import grid_of
 from tests.support.shards import MeshLayout, by_chunks, mesh_layouts
 
 

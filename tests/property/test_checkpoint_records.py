@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from everstep.checkpoint.errors import EverstepError, ManifestError
 from everstep.checkpoint.grid_codec import decode_bounds, decode_runs, encode_bounds, encode_runs
-from everstep.checkpoint.layout import Box, Fragment, TensorSpec, flat_fragment
+from everstep.checkpoint.layout import Box, Fragment, TensorSpec
 from everstep.checkpoint.lineage import Generation, decode_generation, encode_generation
 from everstep.checkpoint.manifest import (
     Lineage,
@@ -26,6 +26,7 @@ from everstep.checkpoint.pack import PackRecord, plan_pack
 from everstep.checkpoint.plain_json import from_json, to_json
 from everstep.checkpoint.records import encode_record
 from everstep.checkpoint.reshard import plan_load
+from tests.support.fragments import flat_fragment
 
 
 def _part(rank: int) -> Part:

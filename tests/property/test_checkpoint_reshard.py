@@ -18,7 +18,6 @@ from everstep.checkpoint.layout import (
     Fragment,
     TensorSpec,
     flat_boxes,
-    flat_fragment,
     flat_index,
 )
 from everstep.checkpoint.manifest import (
@@ -32,6 +31,7 @@ from everstep.checkpoint.manifest import (
 )
 from everstep.checkpoint.pack import PackRecord, plan_pack
 from everstep.checkpoint.reshard import plan_load, plan_save
+from tests.support.fragments import flat_fragment
 from tests.support.shards import MeshLayout, by_chunks, mesh_layouts
 
 DTYPES = {"F64": "f8", "BF16": "u2", "U8": "u1", "C128": "c16"}

@@ -1,5 +1,7 @@
 """Ranks as threads, and small states to save."""
 
+import errno
+import os
 import queue
 import threading
 from collections.abc import Callable, Sequence
@@ -10,6 +12,7 @@ from typing import Any, TypeVar
 import torch
 from torch import nn
 
+from everstep.checkpoint.checkpointer import Checkpointer
 from everstep.checkpoint.direct_io import ByteArray
 from everstep.checkpoint.errors import CollectiveError
 from everstep.checkpoint.torch_state import State
@@ -160,3 +163,31 @@ def bits(state: State) -> dict[str, bytes]:
 def packs(root: Path) -> list[Path]:
     """All packs below a directory."""
     return sorted(root.glob("step-*/rank-*.safetensors"))
+
+
+def step_names(root: Path) -> list[str]:
+    """Names of the folders of steps, committed or not."""
+    return sorted(p.name for p in root.iterdir() if p.name.startswith("step-"))
+
+
+def no_space(*args: Any, **kwargs: Any) -> Any:
+    """Any system call on a full disk."""
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+class Holder(nn.Module):
+    """Any tensors as buffers."""
+
+    def __init__(self, **tensors: torch.Tensor) -> None:
+        super().__init__()
+        for name, tensor in tensors.items():
+            self.register_buffer(name, tensor)
+
+
+def save_and_load(tmp_path: Path, saved: State, loaded: State) -> Checkpointer:
+    """Save one state as step 4 and load it into another."""
+    with Checkpointer(tmp_path) as checkpointer:
+        checkpointer.load(saved)
+        checkpointer.save(4, saved)
+        assert checkpointer.load(loaded) == 5
+    return checkpointer

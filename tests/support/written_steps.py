@@ -15,7 +15,6 @@ from everstep.checkpoint.layout import (
     Fragment,
     Grid,
     TensorSpec,
-    flat_fragment,
 )
 from everstep.checkpoint.lineage import StepId
 from everstep.checkpoint.manifest import Manifest, Part, build_manifest
@@ -26,6 +25,7 @@ from everstep.checkpoint.pack import (
     plan_pack,
     write_pack,
 )
+from tests.support.fragments import flat_fragment
 
 BITS = {16: "V16", 8: "<u8", 4: "<u4", 2: "<u2", 1: "u1"}
 """Arrays hold the bits of items, by bytes per item."""

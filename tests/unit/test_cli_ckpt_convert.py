@@ -11,7 +11,7 @@ from safetensors.numpy import load_file
 
 from everstep.checkpoint.lineage import StepId
 from everstep.ckpt_convert import EXPORTS, IMPORTS
-from tests.unit.test_cli_ckpt import Ckpt, arrays, ckpt, manifest_of, run
+from tests.support.ckpt_runs import Ckpt, arrays, ckpt, manifest_of, run
 
 __all__ = ["ckpt", "run"]
 FORTY = arrays(40.0)

@@ -5,11 +5,14 @@ from pathlib import Path
 from typing import Any
 
 import fsspec
+import numpy as np
 import pytest
+import torch
+from safetensors.numpy import load_file
 
 from everstep.checkpoint.lineage import StepId
+from tests.support.ckpt_runs import Ckpt, arrays, ckpt, manifest_of, run
 from tests.support.s3_server import S3Server
-from tests.unit.test_cli_ckpt import Ckpt, ckpt, manifest_of, run
 
 __all__ = ["ckpt", "run"]
 
@@ -48,6 +51,28 @@ def test_every_command_takes_a_url(memory: tuple[str, Any], run: Path, ckpt: Ckp
     assert not [path for path in fs.find("/ckpt-tool") if "lease" in path]
 
 
+@pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning")
+def test_every_export_reads_a_url(
+    memory: tuple[str, Any], run: Path, tmp_path: Path, ckpt: Ckpt
+) -> None:
+    url, _ = memory
+    for to in ("safetensors", "torch", "dcp", "zarr", "zarr-references"):
+        here, there = tmp_path / f"{to}-here", tmp_path / f"{to}-there"
+        for place, target in ((run, here), (f"{url}/", there)):
+            ckpt("export", place, target, "--to", to)
+        files = [p.relative_to(here) for p in here.rglob("*") if p.is_file()] or [Path()]
+        for file in files if to not in ("torch", "dcp", "zarr-references") else ():
+            assert (here / file).read_bytes() == (there / file).read_bytes()
+        assert there.exists()
+    found = torch.load(tmp_path / "torch-there", weights_only=True)
+    np.testing.assert_array_equal(found["w"].numpy(), arrays(40.0)["model.w"])
+    same = ckpt.json("import", tmp_path / "dcp-there", tmp_path / "back", "--from", "dcp")
+    assert ckpt.json("diff", url, same["path"], "--only", "model.*")["equal"]
+    assert f"{url}/checkpoints/step-00000040" in (tmp_path / "zarr-references-there").read_text()
+    ckpt("export", url, tmp_path / "hf", "--to", "hf", code=1)
+    assert f"{url}/checkpoints/step-00000040-g00002 does not say what model" in ckpt.errors
+
+
 def test_damage_at_a_url(memory: tuple[str, Any], ckpt: Ckpt) -> None:
     url, fs = memory
     folder = f"/ckpt-tool/run/checkpoints/{manifest_of(Path(), StepId(2, 40)).parent.name}"
@@ -72,7 +97,7 @@ def test_gc_at_a_url_leaves_alone_what_another_job_may_be_writing(
 
 
 def test_a_step_that_is_being_read_is_left(run: Path, ckpt: Ckpt) -> None:
-    from everstep.ckpt_place import open_place
+    from everstep.checkpoint.open_place import open_place
 
     place = open_place(f"{run}@10")
     with place.open(place.chosen()):
@@ -82,7 +107,7 @@ def test_a_step_that_is_being_read_is_left(run: Path, ckpt: Ckpt) -> None:
     assert [d["step"] for d in ckpt.json("gc", run, "--keep", "1")["deleted"]] == [10]
 
 
-def test_on_s3(run: Path, ckpt: Ckpt, s3: S3Server) -> None:
+def test_on_s3(run: Path, tmp_path: Path, ckpt: Ckpt, s3: S3Server) -> None:
     url = s3.new_url()
     fs = fsspec.filesystem("s3", use_listings_cache=False, **s3.options)
     fs.put(f"{run}/", f"{url}/", recursive=True)
@@ -92,6 +117,9 @@ def test_on_s3(run: Path, ckpt: Ckpt, s3: S3Server) -> None:
     assert [s["step"] for s in ckpt.json("ls", url, *options)["steps"]] == [10, 20, 40]
     assert ckpt.json("verify", url, "--digest", *options)["whole"]
     assert ckpt.json("diff", url, url, *options)["equal"]
+    target = tmp_path / "w.safetensors"
+    ckpt("export", url, target, "--to", "safetensors", "--what", "everything", *options)
+    assert load_file(target).keys() == arrays(40.0).keys()
     gone = ckpt.json("gc", url, "--keep", "1", *options)["deleted"]
     assert [d["step"] for d in gone] == [10, 20, 30]
     assert [s["step"] for s in ckpt.json("ls", url, *options)["steps"]] == [40]

@@ -15,6 +15,7 @@ import time
 from collections.abc import Callable, Container, Iterator, Mapping
 from typing import IO, Any, Protocol, TypeVar
 
+from everstep.checkpoint.store_fsspec import how_to_install
 from everstep.trainer.data.stamps import FileStamp
 from everstep.trainer.errors import DataError
 
@@ -186,8 +187,8 @@ class RemoteStorage:
             self._fs, _ = url_to_fs(url, **resolve_options(options))
         except ImportError as error:
             raise DataError(
-                f"data.source: reading {url!r} needs another package ({_one_line(error)}); install "
-                "it with pip"
+                f"data.source: reading {url!r} needs another package ({_one_line(error)}): "
+                f"{how_to_install(url)}"
             ) from error
         except Exception as error:  # whatever the file system's library raises
             raise DataError(

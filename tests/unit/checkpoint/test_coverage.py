@@ -13,8 +13,8 @@ from everstep.checkpoint.layout import (
     Fragment,
     Grid,
     TensorSpec,
-    flat_fragment,
 )
+from tests.support.fragments import flat_fragment
 
 SPEC = TensorSpec("w", "F32", (4, 5))
 HALVES = [Box((0, 0), (2, 5)), Box((2, 0), (2, 5))]

@@ -8,13 +8,14 @@ import torch
 from torch import nn
 
 from everstep.checkpoint.checkpointer import Checkpointer
-from everstep.checkpoint.layout import Box, Fragment, TensorSpec, flat_fragment
+from everstep.checkpoint.layout import Box, Fragment, TensorSpec
 from everstep.checkpoint.manifest import Part, build_manifest, encode_manifest
 from everstep.checkpoint.pack import StridedBytes, plan_pack, write_pack
 from everstep.checkpoint.step_reader import StepReader
 from everstep.checkpoint.torch_state import State
 from tests.support.checkpoints import Counter, ThreadCollective, run_threads
 from tests.support.format_reader import read_checkpoint, read_record
+from tests.support.fragments import flat_fragment
 
 
 def _model() -> nn.Module:

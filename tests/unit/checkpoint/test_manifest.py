@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from everstep.checkpoint.errors import CoverageError, LayoutError, ManifestError
-from everstep.checkpoint.layout import Box, Fragment, TensorSpec, flat_fragment
+from everstep.checkpoint.layout import Box, Fragment, TensorSpec
 from everstep.checkpoint.manifest import (
     Lineage,
     Manifest,
@@ -24,6 +24,7 @@ from everstep.checkpoint.manifest import (
 from everstep.checkpoint.pack import PackRecord, plan_pack
 from everstep.checkpoint.records import decode_record, encode_record
 from everstep.checkpoint.reshard import plan_save
+from tests.support.fragments import flat_fragment
 
 W = TensorSpec("model.w", "F32", (7, 4))
 S = TensorSpec("model.s", "I64", ())

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from everstep.checkpoint import pack as pack_module
 from everstep.checkpoint.errors import BlockChecksumError, LayoutError, PackHeaderError
 from everstep.checkpoint.kernels import crc32c
-from everstep.checkpoint.layout import Box, Fragment, TensorSpec, flat_fragment
+from everstep.checkpoint.layout import Box, Fragment, TensorSpec
 from everstep.checkpoint.pack import (
     BLOCK_BYTES,
     STORED_AS,
@@ -26,6 +26,7 @@ from everstep.checkpoint.pack import (
     write_pack,
 )
 from everstep.checkpoint.torch_layout import DTYPES, strided_bytes
+from tests.support.fragments import flat_fragment
 
 pytestmark = pytest.mark.filterwarnings("ignore:ComplexHalf support is experimental:UserWarning")
 

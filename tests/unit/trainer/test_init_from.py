@@ -1,8 +1,10 @@
 """What ``model.init_from`` refuses, and models of a user's own; layouts are in tests/multiproc."""
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import fsspec
 import pytest
 import torch
 from safetensors.torch import save_file
@@ -11,8 +13,8 @@ from torch import nn
 from everstep.checkpoint.checkpointer import Checkpointer
 from everstep.checkpoint.convert.errors import ConversionError
 from everstep.checkpoint.convert.hf import export_hf
-from everstep.checkpoint.convert.step_source import open_step
 from everstep.checkpoint.errors import CheckpointError
+from everstep.checkpoint.open_place import open_place
 from everstep.checkpoint.torch_state import State
 from everstep.trainer.architecture import ArchitectureNote
 from everstep.trainer.config import DataConfig, ModelConfig, RunConfig, TrainConfig
@@ -25,7 +27,7 @@ VOCAB = 64
 SHAPE = {"dim": 16, "layers": 1, "heads": 2, "ffn_dim": 24}
 
 
-def config_of(path: Path | None, **model: Any) -> RunConfig:
+def config_of(path: Path | str | None, **model: Any) -> RunConfig:
     init = None if path is None else str(path)
     return RunConfig(
         train=TrainConfig(steps=1),
@@ -41,13 +43,20 @@ def model_of(config: RunConfig, seed: int = 0) -> nn.Module:
 
 
 @pytest.fixture
+def memory() -> Iterator[str]:
+    """A URL that holds nothing yet."""
+    yield "memory://init-from/c"
+    fsspec.filesystem("memory").rm("/init-from", recursive=True)
+
+
+@pytest.fixture
 def folder(tmp_path: Path) -> Path:
     """A checkpoint ``c`` and what transformers gets of it, ``hf``."""
     config = config_of(None)
     state = State(model=model_of(config), architecture=ArchitectureNote(config, VOCAB))
     with Checkpointer(tmp_path / "c") as checkpointer:
         checkpointer.save(0, state)
-    with open_step(tmp_path / "c") as reader:
+    with open_place(tmp_path / "c").open() as reader:
         export_hf(reader, tmp_path / "hf", dtype="BF16")
     return tmp_path
 
@@ -59,6 +68,22 @@ def test_weights_in_another_dtype(folder: Path) -> None:
     for name, parameter in model_of(config).named_parameters():
         expected = parameter.bfloat16().float()
         assert torch.equal(dict(model.named_parameters())[name], expected)
+
+
+def test_a_checkpoint_at_a_url(memory: str) -> None:
+    config = config_of(None)
+    with Checkpointer(memory) as checkpointer:
+        for step in (3, 5):
+            model, note = model_of(config, seed=step), ArchitectureNote(config, VOCAB)
+            checkpointer.save(step, State(model=model, architecture=note))
+    for named, step in ((f"{memory}@3", 3), (f"{memory}/", 5)):
+        model = model_of(config, seed=1)
+        taken = init_from(model, config_of(named), VOCAB)
+        assert taken == f"the weights of {memory}/step-{step:08d}-g00001"
+        for name, parameter in model_of(config, seed=step).named_parameters():
+            assert torch.equal(dict(model.named_parameters())[name], parameter)
+    with pytest.raises(CheckpointError, match="/none holds no checkpoints"):
+        init_from(model, config_of(f"{memory}/none"), VOCAB)
 
 
 @pytest.mark.parametrize("source", ["hf", "c"])

@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 import torch
 
-from everstep.checkpoint.convert.cast import FLOATS, can_cast, cast
+from everstep.checkpoint.convert.cast import FLOATS, can_cast, encode
+from everstep.checkpoint.numbers import numbers
 from everstep.checkpoint.torch_layout import DTYPES
 
 
@@ -14,11 +15,11 @@ def test_every_cast_is_that_of_torch(source: str, target: str) -> None:
     random = np.random.default_rng(0)
     width = {"F64": 8, "F32": 4}.get(source, 2)
     data = random.integers(0, 256, 4000 * width, dtype=np.uint8)
-    numbers = torch.from_numpy(data.copy()).view(DTYPES[source])
+    values = torch.from_numpy(data.copy()).view(DTYPES[source])
     ties = torch.tensor([1 + 2**-8, 1 + 3 * 2**-8, 65504.0, 65520.0, 3.4e38, -0.0, 2**-130, 1e-40])
-    numbers = torch.cat([numbers, ties.to(DTYPES[source])])
-    found = cast(numbers.view(torch.uint8).numpy(), source, target)
-    expected = numbers.to(DTYPES[target])
+    values = torch.cat([values, ties.to(DTYPES[source])])
+    found = encode(numbers(source, values.view(torch.uint8).numpy()), target)
+    expected = values.to(DTYPES[target])
     result = torch.from_numpy(found.copy()).view(DTYPES[target])
     nan = expected.isnan()
     assert torch.equal(result.isnan(), nan)

@@ -22,11 +22,12 @@ from everstep.checkpoint.convert.errors import (
 from everstep.checkpoint.convert.formats import EXPORTS, IMPORTS, Format
 from everstep.checkpoint.convert.plain import convert, export_safetensors
 from everstep.checkpoint.convert.source import read_box
-from everstep.checkpoint.convert.step_source import StepSource, open_step
+from everstep.checkpoint.convert.step_source import StepSource
 from everstep.checkpoint.convert.step_writer import cut_rows
 from everstep.checkpoint.convert.torch_file import export_torch
-from everstep.checkpoint.errors import BlockChecksumError, CheckpointError
+from everstep.checkpoint.errors import BlockChecksumError
 from everstep.checkpoint.layout import TensorSpec
+from everstep.checkpoint.open_place import open_place
 from everstep.checkpoint.torch_state import State
 from tests.support import checkpoints
 
@@ -46,19 +47,11 @@ def step(tmp_path: Path, model: nn.Module) -> Path:
         return Path(checkpointer.save(3, State(model=model)).path)
 
 
-def test_a_step_is_found_by_run_directory_or_itself(step: Path, tmp_path: Path) -> None:
-    for path in (step, step.parent, tmp_path / "run"):
-        with open_step(path) as reader:
-            assert reader.step_path == step
-    with pytest.raises(CheckpointError, match="holds no checkpoint"):
-        open_step(tmp_path)
-
-
 def test_one_file_for_safetensors_and_for_torch(
     step: Path, tmp_path: Path, model: nn.Module
 ) -> None:
     told: list[int] = []
-    with open_step(step) as reader:
+    with open_place(step).open() as reader:
         size = export_safetensors(reader, tmp_path / "a", budget_bytes=MIB, on_bytes=told.append)
         assert export_torch(reader, tmp_path / "b.pt", budget_bytes=MIB) == size == told[-1]
     found = [
@@ -77,7 +70,7 @@ def test_one_file_for_safetensors_and_for_torch(
 
 
 def test_everything_in_another_dtype(step: Path, tmp_path: Path, model: nn.Module) -> None:
-    with open_step(step) as reader:
+    with open_place(step).open() as reader:
         export_torch(reader, tmp_path / "b.pt", what="everything", dtype="BF16")
     found = torch.load(tmp_path / "b.pt", weights_only=True)
     assert any(name.startswith("rng.") for name in found)
@@ -99,7 +92,7 @@ def test_buffers_keep_to_the_budget(tmp_path: Path) -> None:
         finally:
             tracemalloc.stop()
 
-    with open_step(tmp_path / "c") as reader:
+    with open_place(tmp_path / "c").open() as reader:
         reader.read("model.0.bias")  # the manifest's tables
         for name, export, dtype in (
             ("a", export_safetensors, None),
@@ -123,7 +116,7 @@ def test_buffers_keep_to_the_budget(tmp_path: Path) -> None:
 def test_a_target_that_exists_is_left_alone(step: Path, tmp_path: Path) -> None:
     taken = tmp_path / "taken"
     taken.write_text("mine")
-    with open_step(step) as reader:
+    with open_place(step).open() as reader:
         for export in (export_safetensors, export_torch):
             with pytest.raises(TargetExistsError, match="is never overwritten"):
                 export(reader, taken)
@@ -136,7 +129,7 @@ def test_nothing_is_left_of_a_conversion_that_failed(step: Path, tmp_path: Path)
     data[-4 - MIB] ^= 1
     pack.write_bytes(data)
     before = sorted(tmp_path.iterdir())
-    with open_step(step) as reader:
+    with open_place(step).open() as reader:
         for export in (export_safetensors, export_torch):
             with pytest.raises(BlockChecksumError):
                 export(reader, tmp_path / "x", budget_bytes=MIB)
@@ -207,7 +200,7 @@ def test_files_of_ranks_become_a_checkpoint_by_a_spec(tmp_path: Path) -> None:
         save_file(tensors, tmp_path / "in" / f"rank_{rank}.safetensors")
     size = convert(tmp_path / "spec.yaml", tmp_path / "in", tmp_path / "out", form="checkpoint")
     assert size == (30 + 5) * 4
-    with open_step(tmp_path / "out") as reader:
+    with open_place(tmp_path / "out").open() as reader:
         source = StepSource(reader)
         assert sorted(source.tensors) == ["h.0.k", "h.0.q", "norm"]
         found = read_box(source, "h.0.k", source.tensors["h.0.k"].whole).view("<f4")
@@ -224,7 +217,7 @@ def test_an_optimizer_is_left_out_of_the_model(tmp_path: Path) -> None:
     state = checkpoints.tiny_state()
     with Checkpointer(tmp_path / "c") as checkpointer:
         checkpointer.save(0, state)
-    with open_step(tmp_path / "c") as reader:
+    with open_place(tmp_path / "c").open() as reader:
         export_safetensors(reader, tmp_path / "m")
     assert load_file(tmp_path / "m").keys() == state.model.state_dict().keys()
 

@@ -16,8 +16,8 @@ from everstep.checkpoint.checkpointer import Checkpointer
 from everstep.checkpoint.convert.architecture import from_hf_config, to_hf_config
 from everstep.checkpoint.convert.errors import ArchitectureError, ConversionError, TargetExistsError
 from everstep.checkpoint.convert.hf import export_hf, import_hf
-from everstep.checkpoint.convert.step_source import open_step
 from everstep.checkpoint.errors import CheckpointError
+from everstep.checkpoint.open_place import open_place
 from everstep.checkpoint.torch_state import State
 from everstep.trainer.architecture import ArchitectureNote, architecture_of
 from everstep.trainer.config import DataConfig, ModelConfig, RunConfig, TrainConfig
@@ -74,7 +74,7 @@ def test_transformers_computes_the_same_logits(tmp_path: Path) -> None:
         config = config_of(tie_embeddings=tie)
         folder = tmp_path / f"tied-{tie}"
         models[folder] = model_of(config)
-        with open_step(saved(tmp_path / f"c-{tie}", config, models[folder])) as reader:
+        with open_place(saved(tmp_path / f"c-{tie}", config, models[folder])).open() as reader:
             export_hf(reader, folder, max_shard_bytes=200_000, budget_bytes=MIB)
         assert len(list(folder.glob("model-*-of-*.safetensors"))) > 2
     command = [sys.executable, "-c", THEIR_PROGRAM, *map(str, models)]
@@ -87,7 +87,7 @@ def test_transformers_computes_the_same_logits(tmp_path: Path) -> None:
         torch.testing.assert_close(theirs, ours, rtol=1e-5, atol=1e-5)
 
         step = import_hf(Path(f"{folder}.theirs"), Path(f"{folder}.back"), budget_bytes=MIB)
-        with open_step(step) as reader:
+        with open_place(step).open() as reader:
             export_hf(reader, Path(f"{folder}.again"))
         again = load_file(Path(f"{folder}.again") / "model.safetensors")
         for name, parameter in model.named_parameters():
@@ -99,7 +99,7 @@ def test_one_shard_has_no_index_and_a_dtype_can_be_chosen(tmp_path: Path) -> Non
     model = model_of(config)
     (tmp_path / "tokenizer.json").write_text("{}")
     (tmp_path / "tokenizer_config.json").write_text("{}")
-    with open_step(saved(tmp_path / "c", config, model)) as reader:
+    with open_place(saved(tmp_path / "c", config, model)).open() as reader:
         export_hf(reader, tmp_path / "hf", dtype="BF16", tokenizer=tmp_path / "tokenizer.json")
         with pytest.raises(TargetExistsError):
             export_hf(reader, tmp_path / "hf")
@@ -167,7 +167,7 @@ def test_configurations_that_are_not_ours(change: dict[str, Any], message: str) 
 
 def test_imports_that_cannot_be(tmp_path: Path) -> None:
     config = config_of()
-    with open_step(saved(tmp_path / "c", config, model_of(config))) as reader:
+    with open_place(saved(tmp_path / "c", config, model_of(config))).open() as reader:
         export_hf(reader, tmp_path / "hf")
     source = tmp_path / "hf"
 
@@ -195,12 +195,12 @@ def test_imports_that_cannot_be(tmp_path: Path) -> None:
 
 def test_a_tied_head_that_is_stored_anyway(tmp_path: Path) -> None:
     config = config_of(tie_embeddings=True)
-    with open_step(saved(tmp_path / "c", config, model_of(config))) as reader:
+    with open_place(saved(tmp_path / "c", config, model_of(config))).open() as reader:
         export_hf(reader, tmp_path / "hf")
     path = tmp_path / "hf" / "model.safetensors"
     tensors = load_file(path)
     save_file(tensors | {"lm_head.weight": tensors["model.embed_tokens.weight"].clone()}, path)
-    with open_step(import_hf(tmp_path / "hf", tmp_path / "new")) as reader:
+    with open_place(import_hf(tmp_path / "hf", tmp_path / "new")).open() as reader:
         assert "model.lm_head.weight" not in reader.manifest.tensors
 
 
@@ -208,14 +208,17 @@ def test_checkpoints_that_do_not_say_what_they_are_of(tmp_path: Path) -> None:
     config = config_of()
     with Checkpointer(tmp_path / "c") as checkpointer:
         checkpointer.save(0, State(model=model_of(config)))
-    with open_step(tmp_path / "c") as reader, pytest.raises(CheckpointError, match="is missing"):
+    with (
+        open_place(tmp_path / "c").open() as reader,
+        pytest.raises(CheckpointError, match="is missing"),
+    ):
         export_hf(reader, tmp_path / "hf")
     own = config_of(factory="pkg:make")
     state = State(model=model_of(config), architecture=ArchitectureNote(own, VOCAB))
     with Checkpointer(tmp_path / "d") as checkpointer:
         checkpointer.save(0, state)
     with (
-        open_step(tmp_path / "d") as reader,
+        open_place(tmp_path / "d").open() as reader,
         pytest.raises(CheckpointError, match=r"a model of its own \(model.factory\)"),
     ):
         export_hf(reader, tmp_path / "hf")

@@ -13,8 +13,8 @@ from torch import nn
 from everstep.checkpoint.checkpointer import Checkpointer
 from everstep.checkpoint.convert import zarr_archive as archive
 from everstep.checkpoint.convert.errors import ConversionError, TargetExistsError
-from everstep.checkpoint.convert.step_source import open_step
 from everstep.checkpoint.layout import TensorSpec
+from everstep.checkpoint.open_place import open_place
 from everstep.checkpoint.torch_state import State
 
 MIB = 2**20
@@ -43,7 +43,7 @@ def step(tmp_path: Path) -> Path:
 
 def test_zarr_and_tensorstore_read_it(step: Path, tmp_path: Path) -> None:
     told: list[int] = []
-    with open_step(step) as reader:
+    with open_place(step).open() as reader:
         size = archive.export_zarr(
             reader, tmp_path / "z", what="model", budget_bytes=MIB, on_bytes=told.append
         )
@@ -66,7 +66,7 @@ def test_zarr_and_tensorstore_read_it(step: Path, tmp_path: Path) -> None:
 
 
 def test_damage_is_noticed(step: Path, tmp_path: Path) -> None:
-    with open_step(step) as reader:
+    with open_place(step).open() as reader:
         archive.export_zarr(reader, tmp_path / "z")
     chunks = (tmp_path / "z" / "model.bf16" / "c").rglob("*")
     (file,) = [path for path in chunks if path.is_file()]
@@ -94,7 +94,7 @@ def test_names_that_would_leave_the_folder(tmp_path: Path) -> None:
     with Checkpointer(tmp_path / "c") as checkpointer:
         checkpointer.save(0, State(model=model))
     with (
-        open_step(tmp_path / "c") as reader,
+        open_place(tmp_path / "c").open() as reader,
         pytest.raises(ConversionError, match="'a/b' cannot be the name of a folder"),
     ):
         archive.export_zarr(reader, tmp_path / "z", what="model")

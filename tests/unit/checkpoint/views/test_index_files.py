@@ -6,7 +6,10 @@ import pytest
 
 from everstep.checkpoint.commit import CheckpointDirectory
 from everstep.checkpoint.lineage import StepId
-from everstep.checkpoint.views.index_files import damaged_index_files, index_files
+from everstep.checkpoint.store import Folder
+from everstep.checkpoint.store_local import LocalStore
+from everstep.checkpoint.verify import verify_index
+from everstep.checkpoint.views.index_files import index_files
 from tests.support.written_steps import uneven_cuts, write_step
 
 
@@ -14,21 +17,19 @@ def test_a_step_has_its_index_files(tmp_path: Path) -> None:
     path, manifest = write_step(tmp_path, uneven_cuts())
     found = {p.name: p.read_bytes() for p in path.glob("*.ocdbt")}
     assert found == index_files(manifest)
-    assert damaged_index_files(manifest, lambda name: (path / name).read_bytes()) == []
+    assert verify_index(Folder(LocalStore(tmp_path), path.name), manifest) == []
 
 
 @pytest.mark.parametrize("name", ["index.ocdbt", "manifest.ocdbt"])
 def test_damage_is_named(tmp_path: Path, name: str) -> None:
     path, manifest = write_step(tmp_path, uneven_cuts())
-
-    def read(name: str) -> bytes:
-        return (path / name).read_bytes()
-
-    data = read(name)
-    (path / name).write_bytes(data[:-1])
-    assert damaged_index_files(manifest, read) == [name]
+    files = Folder(LocalStore(tmp_path), path.name)
+    data = (path / name).read_bytes()
+    for spoilt in (data[:-1], data[:-1] + bytes([data[-1] ^ 1])):
+        (path / name).write_bytes(spoilt)
+        assert [d.file for d in verify_index(files, manifest)] == [name]
     (path / name).unlink()
-    assert damaged_index_files(manifest, read) == [name]
+    assert [d.file for d in verify_index(files, manifest)] == [name]
     assert CheckpointDirectory(tmp_path).manifest(StepId(1, 1)) == manifest
 
 
