@@ -6,7 +6,7 @@ of cells: these are placed in a few array operations.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import chain
 
 import numpy as np
@@ -22,6 +22,12 @@ class Places:
     """For each pack, the bytes of the cells in it."""
     _starts: Integers
     _spans: Mapping[str, tuple[int, int]]
+    _by_pack: Integers
+    """Numbers of all cells, ordered by their packs, and by their order in these."""
+    _edges: Integers
+    """For each pack where it begins there, and the end."""
+    _sizes: Integers
+    """Bytes and bytes per item of each cell, ordered so."""
 
     def starts(self, name: str) -> list[int]:
         """For each cell of a tensor, its byte offset in the data of its pack.
@@ -32,6 +38,25 @@ class Places:
         begin, end = self._spans[name]
         starts: list[int] = self._starts[begin:end].tolist()
         return starts
+
+    def sizes(self, pack: int) -> Integers:
+        """Bytes of each cell of a pack in its order there, and bytes per item: shape [cells, 2]."""
+        return self._sizes[self._edges[pack] : self._edges[pack + 1]]
+
+    def moved(self, starts: Mapping[int, Sequence[int]]) -> "Places":
+        """The same with other starts, for some packs: of each of their cells, in its order there.
+
+        Raises:
+            ValueError: there are more or fewer cells.
+        """
+        if not starts:
+            return self
+        moved = self._starts.copy()
+        for pack, values in starts.items():
+            moved[self._by_pack[self._edges[pack] : self._edges[pack + 1]]] = np.array(
+                values, np.int64
+            )
+        return replace(self, _starts=moved)
 
 
 def place(stored: Iterable[tuple[TensorSpec, Layout, Sequence[int]]], n_packs: int) -> Places:
@@ -56,4 +81,5 @@ def place(stored: Iterable[tuple[TensorSpec, Layout, Sequence[int]]], n_packs: i
     starts[by_pack] = ends - size_bytes[by_pack] - before[pack_of[by_pack]]
     last = np.cumsum([0, *counts]).tolist()
     spans = {spec.name: (last[i], last[i + 1]) for i, (spec, _, _) in enumerate(ordered)}
-    return Places(np.diff(before).tolist(), starts, spans)
+    sizes = np.column_stack([size_bytes[by_pack], item_bytes[by_pack]])
+    return Places(np.diff(before).tolist(), starts, spans, by_pack, edges, sizes)

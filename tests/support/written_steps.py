@@ -1,6 +1,6 @@
 """Committed checkpoints of arrays cut along any grid, without a model and without torch."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -26,6 +26,7 @@ from everstep.checkpoint.pack import (
     plan_pack,
     write_pack,
 )
+from tests.support.raw_extents import raw_pack
 
 BITS = {16: "V16", 8: "<u8", 4: "<u4", 2: "<u2", 1: "u1"}
 """Arrays hold the bits of items, by bytes per item."""
@@ -83,11 +84,17 @@ def torch_chunks(n: int, *parts: int) -> list[int]:
 
 
 def write_step(
-    root: Path, cuts: Mapping[str, Cut], *, step: int = 1, seed: int = 0
+    root: Path,
+    cuts: Mapping[str, Cut],
+    *,
+    step: int = 1,
+    seed: int = 0,
+    raw: Collection[int] = (),
 ) -> tuple[Path, Manifest]:
     """Save tensors as one committed step, with a pack for each cell of the most-cut one.
 
-    Which pack holds a cell is random. Returns the directory of the step, and its manifest.
+    Which pack holds a cell is random; the packs with the numbers ``raw`` are of raw extents.
+    Returns the directory of the step, and its manifest.
     """
     held = _share_out(cuts, seed)
     directory = CheckpointDirectory(root)
@@ -102,6 +109,12 @@ def write_step(
 
     for rank, fragments in enumerate(held):
         plan = plan_pack(rank, fragments)
+        if rank in raw:
+            record, files = raw_pack(rank, fragments, lambda f: _cell(cuts, f).tobytes(), seed)
+            for name, data in files.items():
+                (path / name).write_bytes(data)
+            directory.put_part(_part(rank, len(held), step, record, plan.fragments))
+            continue
         record = write_pack(path / f"rank-{rank:05d}-ab.safetensors", plan, source_of)
         directory.put_part(_part(rank, len(held), step, record, plan.fragments))
     directory.commit(step_id, len(held))
@@ -141,12 +154,20 @@ def uneven_cuts() -> dict[str, Cut]:
     return cuts
 
 
-def packed(cuts: Mapping[str, Cut], seed: int = 0) -> tuple[Manifest, dict[str, bytes]]:
+def packed(
+    cuts: Mapping[str, Cut], seed: int = 0, raw: Collection[int] = ()
+) -> tuple[Manifest, dict[str, bytes]]:
     """The same as ``write_step`` without any file: the manifest, and the bytes of each pack."""
-    parts, packs = [], {}
+    parts: list[Part] = []
+    packs: dict[str, bytes] = {}
     held = _share_out(cuts, seed)
     for rank, fragments in enumerate(held):
         plan = plan_pack(rank, fragments)
+        if rank in raw:
+            record, files = raw_pack(rank, fragments, lambda f: _cell(cuts, f).tobytes(), seed)
+            packs |= files
+            parts.append(_part(rank, len(held), 1, record, plan.fragments))
+            continue
         data = b"".join(_cell(cuts, f).tobytes() for f in plan.fragments)
         name = f"rank-{rank:05d}-ab.safetensors"
         packs[name] = plan.header + data + bytes(4 * plan.n_blocks)
