@@ -21,10 +21,11 @@ from everstep.checkpoint.store_local import LocalStore
 from tests.support.format_reader import DTYPES, read_checkpoint
 from tests.support.written_steps import Cut, packed, random_bits, torch_chunks
 
-SIZES = st.lists(st.tuples(st.integers(0, 60), st.integers(1, 25)), max_size=8)
+SIZES = st.lists(st.tuples(st.integers(0, 40), st.integers(1, 9)), max_size=5)
 
 
-@given(SIZES, st.integers(1, 9))
+@given(SIZES, st.integers(2, 9))
+@settings(max_examples=60, deadline=None)
 def test_blocks_against_a_slow_reference(placed: list[tuple[int, int]], block_bytes: int) -> None:
     """Each byte of each extent has an address of its own, and blocks hold bytes of one extent."""
     extents, expected, block = Extents(placed, block_bytes), {}, 0
@@ -46,7 +47,8 @@ def test_blocks_against_a_slow_reference(placed: list[tuple[int, int]], block_by
             assert found == {a: at for a, at in expected.items() if a in inside}
 
 
-@given(SIZES, st.integers(0, 90), st.data())
+@given(SIZES, st.integers(0, 50), st.data())
+@settings(deadline=None)
 def test_what_is_refused_against_a_slow_reference(
     placed: list[tuple[int, int]], file_bytes: int, data: st.DataObject
 ) -> None:
@@ -79,23 +81,22 @@ def cuts(draw: st.DrawFn) -> Cut:
     st.sets(st.integers(0, 9)),
     st.data(),
 )
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=40, deadline=None)
 def test_extents_are_read_as_saved(
     states: dict[str, Cut], raw: set[int], data: st.DataObject
 ) -> None:
-    manifest, files = packed(states, data.draw(st.integers(0, 99)), raw={0, *raw})
+    manifest, files = packed(states, data.draw(st.integers(0, 99)), raw=raw)
     record = encode_manifest(manifest)
     assert decode_manifest(record, "m") == manifest
-    raw_only = all(p.extents is not None for p in manifest.packs)
-    if not raw_only:  # ``packed`` gives only extents their checksums
-        return
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as root:
+        folder = Path(root) / "step"
+        folder.mkdir()
         for name, content in (files | {"manifest.json": record}).items():
-            (Path(folder) / name).write_bytes(content)
+            (folder / name).write_bytes(content)
         if all(cut.dtype in DTYPES for cut in states.values()):
-            _, tensors = read_checkpoint(Path(folder))
+            _, tensors = read_checkpoint(folder)
             assert all(tensors[n].tobytes() == cut.bits.tobytes() for n, cut in states.items())
-        with StepReader(Path(folder), manifest) as mapped:
+        with StepReader(folder, manifest) as mapped:
             for name, cut in states.items():
                 shape = cut.bits.shape
                 begin = [data.draw(st.integers(0, n)) for n in shape]
@@ -105,7 +106,7 @@ def test_extents_are_read_as_saved(
                 expected = np.array(cut.bits[index], order="C").tobytes()
                 assert mapped.read(name, box).tobytes() == expected
                 assert mapped.read(name).tobytes() == cut.bits.tobytes()
-        ranged = RangedReader(Folder(LocalStore(Path(folder)), ""), manifest)
+        ranged = RangedReader(Folder(LocalStore(Path(root)), "step"), manifest)
         for pack in range(len(manifest.packs)):
             ranged.verify(pack)
 
@@ -127,10 +128,10 @@ def test_whatever_a_manifest_says_of_extents_is_bounded(data: st.DataObject) -> 
     tracemalloc.start()
     try:
         found = decode_manifest(record, "f")
-    except ManifestError as error:
-        assert error.path == "f"
+    except ManifestError:
+        pass
     else:
-        for pack in found.packs[:2]:
+        for pack in found.packs:
             assert pack.extents is not None
             check_extents(pack.extents, [2] * len(pack.extents), pack.size_bytes)
     finally:

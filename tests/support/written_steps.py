@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from everstep.checkpoint.commit import CheckpointDirectory
+from everstep.checkpoint.kernels import crc32c, crc32c_blocks
 from everstep.checkpoint.layout import (
     ITEM_BYTES,
     Box,
@@ -20,6 +21,7 @@ from everstep.checkpoint.layout import (
 from everstep.checkpoint.lineage import StepId
 from everstep.checkpoint.manifest import Manifest, Part, build_manifest
 from everstep.checkpoint.pack import (
+    BLOCK_BYTES,
     PackRecord,
     StridedBytes,
     dense_strides,
@@ -170,14 +172,15 @@ def packed(
             continue
         data = b"".join(_cell(cuts, f).tobytes() for f in plan.fragments)
         name = f"rank-{rank:05d}-ab.safetensors"
-        packs[name] = plan.header + data + bytes(4 * plan.n_blocks)
+        table = crc32c_blocks(data, BLOCK_BYTES).astype("<u4").tobytes()
+        packs[name] = plan.header + data + table
         record = PackRecord(
             file=name,
             rank=rank,
             size_bytes=plan.size_bytes,
             data_start=len(plan.header),
             data_bytes=plan.data_bytes,
-            crc32c=0,
+            crc32c=crc32c(table, crc32c(plan.header)),
         )
         parts.append(_part(rank, len(held), 1, record, plan.fragments))
     return build_manifest(parts), packs
