@@ -6,6 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from everstep.checkpoint.checkpointer import Checkpointer
@@ -27,6 +28,7 @@ from everstep.checkpoint.pack import (
     plan_pack,
     write_pack,
 )
+from everstep.checkpoint.ranged_read import Request
 from everstep.checkpoint.records import encode_record
 from everstep.checkpoint.step_reader import StepReader
 from everstep.checkpoint.store import Folder
@@ -93,6 +95,37 @@ def test_both_readers_read_all_and_parts(tmp_path: Path, raw: tuple[int, ...]) -
             assert reader.read("large", box).tobytes() == array[1:4, 299_000:299_700].tobytes()
             for pack in range(2):
                 reader.verify(pack)
+
+
+def test_windows_over_several_extents(tmp_path: Path) -> None:
+    """Blocks 0 to 6, 7 to 9, and one each: windows of 4 blocks have parts of several extents."""
+    cuts = {
+        "big": Cut("F32", random_bits((3, 600_000), "F32", 1)),
+        "mid": Cut("I16", random_bits((2, 700_000), "I16", 2)),
+        "one": Cut("U8", random_bits((9,), "U8", 3)),
+        "two": Cut("U8", random_bits((7,), "U8", 4)),
+    }
+    step, manifest = write_step(tmp_path, cuts, raw=(0,))
+    assert manifest.packs[0].blocks.n_blocks == 12
+    with _in_memory(step, manifest)[0] as reader:
+        for name, cut in cuts.items():
+            assert reader.read(name).tobytes() == cut.bits.tobytes()
+        for begin, n in ((0, 600_000), (448_570, 12), (1, 550_000)):
+            box, expected = Box((0, begin), (3, min(n, 600_000 - begin))), cuts["big"].bits
+            found = reader.read("big", box).tobytes()
+            assert found == expected[:, begin : begin + n].tobytes()
+        targets = [np.zeros(9, np.uint8), np.zeros(7, np.uint8), np.zeros(14, np.uint8)]
+        boxes = {"one": Box((0,), (9,)), "two": Box((0,), (7,)), "mid": Box((1, 699_993), (1, 7))}
+        reader.fill_all(
+            [
+                Request(name, box, StridedBytes(target, 0, (14, 2)))
+                if name == "mid"
+                else Request(name, box, StridedBytes(target, 0, (1,)))
+                for (name, box), target in zip(boxes.items(), targets, strict=True)
+            ]
+        )
+    expected_bits = [cuts["one"].bits, cuts["two"].bits, cuts["mid"].bits[1, 699_993:]]
+    assert [t.tobytes() for t in targets] == [b.tobytes() for b in expected_bits]
 
 
 def test_every_kind_of_layout_and_type(tmp_path: Path) -> None:
