@@ -75,12 +75,13 @@ class PackIndex:
     """Where fragments lie in a pack, from the fragments alone: no header needs to be read."""
 
     fragments: tuple[Fragment, ...]
+    record: PackRecord
 
     @cached_property
     def starts(self) -> dict[tuple[str, tuple[int, ...]], tuple[int, Fragment]]:
-        """(tensor name, box offset) -> (byte offset in the data, fragment)."""
-        ordered = pack_order(self.fragments)
-        starts, _ = pack_starts(ordered)
+        """(tensor name, box offset) -> (address as ``Manifest.starts`` gives it, fragment)."""
+        ordered, record = pack_order(self.fragments), self.record
+        starts = pack_starts(ordered)[0] if record.extents is None else record.blocks.starts
         return {(f.spec.name, f.box.offset): (s, f) for f, s in zip(ordered, starts, strict=True)}
 
 
@@ -172,7 +173,9 @@ class Manifest:
         for tensor in self.tensors.values():
             for pack, cell in zip(tensor.packs, tensor.layout.cells(), strict=True):
                 held[pack].append(Fragment(tensor.spec, cell, tensor.layout.flat))
-        return tuple(PackIndex(tuple(f)) for f in held)
+        return tuple(
+            PackIndex(tuple(f), record) for f, record in zip(held, self.packs, strict=True)
+        )
 
 
 def build_manifest(parts: Sequence[Part], lineage: Lineage | None = None) -> Manifest:

@@ -22,12 +22,15 @@ class Places:
     """For each pack, the bytes of the cells in it."""
     _starts: Integers
     _spans: Mapping[str, tuple[int, int]]
+    _dense: Integers
+    """What the starts are where cells follow each other in all packs."""
     _by_pack: Integers
     """Numbers of all cells, ordered by their packs, and by their order in these."""
     _edges: Integers
     """For each pack where it begins there, and the end."""
-    _sizes: Integers
-    """Bytes and bytes per item of each cell, ordered so."""
+    _tensor_ends: Integers
+    _item_bytes: Integers
+    """Of each tensor, in the order of the cells."""
 
     def starts(self, name: str) -> list[int]:
         """For each cell of a tensor, its byte offset in the data of its pack.
@@ -41,7 +44,10 @@ class Places:
 
     def sizes(self, pack: int) -> Integers:
         """Bytes of each cell of a pack in its order there, and bytes per item: shape [cells, 2]."""
-        return self._sizes[self._edges[pack] : self._edges[pack + 1]]
+        cells = self._by_pack[self._edges[pack] : self._edges[pack + 1]]
+        n_bytes = np.diff(self._dense[cells], append=self.held_bytes[pack])
+        tensors = np.searchsorted(self._tensor_ends, cells, side="right")
+        return np.column_stack([n_bytes, self._item_bytes[tensors]])
 
     def moved(self, starts: Mapping[int, Sequence[int]]) -> "Places":
         """The same with other starts, for some packs: of each of their cells, in its order there.
@@ -53,9 +59,8 @@ class Places:
             return self
         moved = self._starts.copy()
         for pack, values in starts.items():
-            moved[self._by_pack[self._edges[pack] : self._edges[pack + 1]]] = np.array(
-                values, np.int64
-            )
+            cells = self._by_pack[self._edges[pack] : self._edges[pack + 1]]
+            moved[cells] = np.array(values, np.int64)
         return replace(self, _starts=moved)
 
 
@@ -81,5 +86,13 @@ def place(stored: Iterable[tuple[TensorSpec, Layout, Sequence[int]]], n_packs: i
     starts[by_pack] = ends - size_bytes[by_pack] - before[pack_of[by_pack]]
     last = np.cumsum([0, *counts]).tolist()
     spans = {spec.name: (last[i], last[i + 1]) for i, (spec, _, _) in enumerate(ordered)}
-    sizes = np.column_stack([size_bytes[by_pack], item_bytes[by_pack]])
-    return Places(np.diff(before).tolist(), starts, spans, by_pack, edges, sizes)
+    return Places(
+        np.diff(before).tolist(),
+        starts,
+        spans,
+        starts,
+        by_pack,
+        edges,
+        np.array(last[1:], np.int64),
+        np.array([s.item_bytes for s, _, _ in ordered], np.int64),
+    )

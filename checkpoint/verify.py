@@ -11,7 +11,7 @@ import numpy.typing as npt
 from everstep.checkpoint.extents import Span
 from everstep.checkpoint.kernels import crc32c, crc32c_blocks
 from everstep.checkpoint.manifest import Manifest
-from everstep.checkpoint.pack import BLOCK_BYTES, PackRecord, pack_order, pack_starts
+from everstep.checkpoint.pack import BLOCK_BYTES, PackRecord
 from everstep.checkpoint.views.index_files import index_files
 
 RUN_BYTES = 16 * BLOCK_BYTES
@@ -186,13 +186,8 @@ class _Held:
     @cached_property
     def _ranges(self) -> list[tuple[int, int, str]]:
         """[begin, end) of its addresses, and the name of the tensor."""
-        record = self._manifest.packs[self._number]
-        ordered = pack_order(self._manifest.pack_indexes[self._number].fragments)
-        starts = pack_starts(ordered)[0] if record.extents is None else record.blocks.starts
-        return [
-            (start, start + fragment.size_bytes, fragment.spec.name)
-            for start, fragment in zip(starts, ordered, strict=True)
-        ]
+        starts = self._manifest.pack_indexes[self._number].starts
+        return [(start, start + f.size_bytes, f.spec.name) for start, f in starts.values()]
 
 
 def _sentence(error: OSError) -> str:

@@ -118,9 +118,7 @@ def test_windows_over_several_extents(tmp_path: Path) -> None:
         boxes = {"one": Box((0,), (9,)), "two": Box((0,), (7,)), "mid": Box((1, 699_993), (1, 7))}
         reader.fill_all(
             [
-                Request(name, box, StridedBytes(target, 0, (14, 2)))
-                if name == "mid"
-                else Request(name, box, StridedBytes(target, 0, (1,)))
+                Request(name, box, StridedBytes(target, 0, (14, 2) if name == "mid" else (1,)))
                 for (name, box), target in zip(boxes.items(), targets, strict=True)
             ]
         )
@@ -135,6 +133,16 @@ def test_every_kind_of_layout_and_type(tmp_path: Path) -> None:
         for name, cut in cuts.items():
             assert reader.read(name).tobytes() == cut.bits.tobytes()
     assert decode_manifest(encode_manifest(manifest), "m") == manifest
+    for number, index in enumerate(manifest.pack_indexes):
+        for (name, offset), (start, fragment) in index.starts.items():
+            stored = manifest.tensors[name]
+            boxes = zip(stored.packs, stored.layout.cells(), strict=True)
+            cell = [(p, b.offset) for p, b in boxes].index((number, offset))
+            assert manifest.starts(name)[cell] == start
+            at = manifest.file_offsets(name).tolist()[cell]
+            assert manifest.packs[number].blocks.file_offset(start) == at
+            if manifest.packs[number].extents is not None:
+                assert (at, fragment.size_bytes) in manifest.packs[number].extents
 
 
 def test_only_the_blocks_that_are_touched_are_verified(tmp_path: Path) -> None:
