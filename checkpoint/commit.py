@@ -30,6 +30,7 @@ from everstep.checkpoint.errors import (
     StepExistsError,
     StepNotFoundError,
 )
+from everstep.checkpoint.fragment_codec import SpecPool
 from everstep.checkpoint.generations import Generations
 from everstep.checkpoint.leases import free_to_delete, held_for_reading
 from everstep.checkpoint.lineage import Generation, StepId, in_lineage
@@ -37,7 +38,6 @@ from everstep.checkpoint.manifest import (
     Lineage,
     Manifest,
     Part,
-    SpecPool,
     build_manifest,
     decode_manifest,
     decode_part,

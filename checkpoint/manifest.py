@@ -4,20 +4,27 @@ The manifest is a deterministic function of the parts: whoever sees all parts ca
 presence in the step's directory is the commit.
 """
 
-import math
-import re
-import reprlib
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
-from functools import cached_property
+from dataclasses import dataclass
+from functools import cache, cached_property, partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
+
 from everstep.checkpoint.coverage import holdings
 from everstep.checkpoint.errors import CoverageError, LayoutError, ManifestError
+from everstep.checkpoint.fragment_codec import SpecPool, fragments_from_json, fragments_to_json
 from everstep.checkpoint.grid_codec import encode_runs
-from everstep.checkpoint.json_checks import dtype, extents, mapping, natural, text
-from everstep.checkpoint.layout import ITEM_BYTES, Box, Fragment, Grid, Layout, TensorSpec
+from everstep.checkpoint.json_checks import dtype, mapping, natural, text
+from everstep.checkpoint.layout import (
+    ITEM_BYTES,
+    Fragment,
+    Grid,
+    Integers,
+    Layout,
+    TensorSpec,
+)
 from everstep.checkpoint.layout_codec import (
     MAX_CELLS,
     LayoutDecoder,
@@ -25,13 +32,18 @@ from everstep.checkpoint.layout_codec import (
     max_cells,
 )
 from everstep.checkpoint.optimizer_parts import merge_values
-from everstep.checkpoint.pack import BLOCK_BYTES, DATA_ALIGN_BYTES, PackIndex, PackRecord
+from everstep.checkpoint.pack import (
+    BLOCK_BYTES,
+    PackRecord,
+    pack_order,
+    pack_starts,
+)
+from everstep.checkpoint.pack_codec import decode_pack, encode_pack
 from everstep.checkpoint.places import Places, place
 from everstep.checkpoint.records import decode_record, encode_record
 
 MANIFEST_VERSION = 1
 PART_VERSION = 1
-_FILE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,199}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,6 +68,21 @@ class Lineage(NamedTuple):
     """Number of an earlier generation; None for a new beginning."""
     fork_step: int | None
     """The last step of it that counts."""
+
+
+@dataclass(frozen=True)
+class PackIndex:
+    """Where fragments lie in a pack, from the fragments alone: no header needs to be read."""
+
+    fragments: tuple[Fragment, ...]
+    record: PackRecord
+
+    @cached_property
+    def starts(self) -> dict[tuple[str, tuple[int, ...]], tuple[int, Fragment]]:
+        """(tensor name, box offset) -> (address as ``Manifest.starts`` gives it, fragment)."""
+        ordered, record = pack_order(self.fragments), self.record
+        starts = pack_starts(ordered)[0] if record.extents is None else record.blocks.starts
+        return {(f.spec.name, f.box.offset): (s, f) for f, s in zip(ordered, starts, strict=True)}
 
 
 @dataclass(frozen=True)
@@ -104,14 +131,40 @@ class Manifest:
         return sum(p.size_bytes for p in self.packs)
 
     def starts(self, name: str) -> list[int]:
-        """For each cell of a tensor, its byte offset in the data of its pack (or KeyError)."""
+        """For each cell of a tensor the address of its first byte in its pack (see ``extents``).
+
+        Where cells follow each other it is the byte offset in the data. Raises KeyError.
+        """
         return self.places.starts(name)
+
+    def file_offsets(self, name: str) -> Integers:
+        """For each cell of a tensor, its byte offset in the file of its pack (or KeyError)."""
+        data_starts = np.array([p.data_start for p in self.packs], np.int64)
+        packs = np.array(self.tensors[name].packs, np.int64)
+        return data_starts[packs] + np.array(self._in_files.starts(name), np.int64)
 
     @cached_property
     def places(self) -> Places:
-        """Where every cell lies."""
-        stored = ((t.spec, t.layout, t.packs) for t in self.tensors.values())
-        return place(stored, len(self.packs))
+        """Where every cell lies, by addresses."""
+        return self._dense.moved(
+            {n: p.blocks.starts for n, p in enumerate(self.packs) if p.extents is not None}
+        )
+
+    @cached_property
+    def _in_files(self) -> Places:
+        """Where every cell lies behind the beginning of the data of its file."""
+        return self._dense.moved(
+            {
+                n: [offset for offset, _ in p.extents]
+                for n, p in enumerate(self.packs)
+                if p.extents is not None
+            }
+        )
+
+    @cached_property
+    def _dense(self) -> Places:
+        """Where every cell would lie if cells followed each other in all packs."""
+        return _places(self.tensors, len(self.packs))
 
     @cached_property
     def pack_indexes(self) -> tuple[PackIndex, ...]:
@@ -120,7 +173,9 @@ class Manifest:
         for tensor in self.tensors.values():
             for pack, cell in zip(tensor.packs, tensor.layout.cells(), strict=True):
                 held[pack].append(Fragment(tensor.spec, cell, tensor.layout.flat))
-        return tuple(PackIndex(tuple(f)) for f in held)
+        return tuple(
+            PackIndex(tuple(f), record) for f, record in zip(held, self.packs, strict=True)
+        )
 
 
 def build_manifest(parts: Sequence[Part], lineage: Lineage | None = None) -> Manifest:
@@ -170,63 +225,8 @@ def _stored(written: Sequence[Iterable[Fragment]]) -> dict[str, StoredTensor]:
     return tensors
 
 
-def fragments_to_json(fragments: Iterable[Fragment]) -> dict[str, Any]:
-    """Fragments as JSON: those of many tensors are cut alike, which is said once.
-
-    ``cells`` holds for each way [global shape, offset, shape], or [global shape, begin, end] of a
-    flat range; ``rows`` holds for each fragment [name, dtype, number of its cell].
-    """
-    cells: dict[tuple[tuple[int, ...], Box, bool], int] = {}
-    rows = [
-        [spec.name, spec.dtype, cells.setdefault((spec.shape, box, flat), len(cells))]
-        for spec, box, flat in fragments
-    ]
-    return {
-        "cells": [
-            [shape, box.offset[0], box.offset[0] + box.shape[0]] if flat else [shape, *box]
-            for shape, box, flat in cells
-        ],
-        "rows": rows,
-    }
-
-
-SpecPool = dict[tuple[str, str, tuple[int, ...]], TensorSpec]
-
-
-def fragments_from_json(coded: Any, known: SpecPool | None = None) -> tuple[Fragment, ...]:
-    """Inverse of ``fragments_to_json``; raises KeyError, TypeError or ValueError.
-
-    Args:
-        coded: what was decoded from JSON.
-        known: tensors that other ranks have told of, which become the same objects; extended.
-    """
-    specs: SpecPool = {} if known is None else known
-    cells = [_decode_cell(*cell) for cell in mapping(coded)["cells"]]
-    found = []
-    for name, dtype_name, number in coded["rows"]:
-        if type(number) is not int or not 0 <= number < len(cells):
-            raise ValueError(f"{name!r} has cell {reprlib.repr(number)} of {len(cells)}")
-        shape, box, flat = cells[number]
-        spec = specs.get((name, dtype_name, shape))
-        if spec is None:
-            spec = TensorSpec(text(name), dtype(dtype_name), shape)
-            specs[name, dtype_name, shape] = spec
-        found.append(Fragment(spec, box, flat))
-    return tuple(found)
-
-
-def _decode_cell(coded_shape: Any, first: Any, second: Any) -> tuple[tuple[int, ...], Box, bool]:
-    global_shape = extents(coded_shape)
-    if type(first) is int:
-        if not natural(first) <= natural(second) <= math.prod(global_shape):
-            raise ValueError(f"[{first}, {second}) is no range of a flat tensor")
-        return global_shape, Box((first,), (second - first,)), True
-    offset, shape = extents(first), extents(second)
-    if not len(global_shape) == len(offset) == len(shape) or any(
-        o + n > e for o, n, e in zip(offset, shape, global_shape, strict=True)
-    ):
-        raise ValueError("a box leaves its tensor, or has other dims")
-    return global_shape, Box(offset, shape), False
+def _places(tensors: Mapping[str, StoredTensor], n_packs: int) -> Places:
+    return place(((t.spec, t.layout, t.packs) for t in tensors.values()), n_packs)
 
 
 def encode_part(part: Part) -> bytes:
@@ -239,7 +239,7 @@ def encode_part(part: Part) -> bytes:
             "step": part.step,
             "rank": part.rank,
             "world_size": part.world_size,
-            "pack": asdict(part.pack),
+            "pack": encode_pack(part.pack),
             "fragments": fragments_to_json(part.fragments),
             "context": dict(part.context),
         },
@@ -256,13 +256,15 @@ def decode_part(data: bytes, path: Path | str, known: SpecPool | None = None) ->
     """
     m = decode_record(data, "everstep_part", PART_VERSION, path)
     try:
+        fragments = fragments_from_json(m["fragments"], known)
+        pack = mapping(m["pack"])
         part = Part(
             generation=natural(m["generation"]),
             step=natural(m["step"]),
             rank=natural(m["rank"]),
             world_size=natural(m["world_size"]),
-            pack=_decode_pack(m["pack"]),
-            fragments=fragments_from_json(m["fragments"], known),
+            pack=decode_pack(pack, pack.get("kind", "safetensors"), lambda: _sizes_of(fragments)),
+            fragments=fragments,
             context=mapping(m["context"]),
         )
         _check_part(part)
@@ -284,7 +286,7 @@ def encode_manifest(manifest: Manifest) -> bytes:
             "objects": dict(manifest.objects),
             **({} if manifest.lineage is None else {"lineage": manifest.lineage._asdict()}),
             "block_bytes": BLOCK_BYTES,
-            "packs": [{"kind": "safetensors", **asdict(p)} for p in manifest.packs],
+            "packs": [{"kind": p.kind, **encode_pack(p)} for p in manifest.packs],
             "tensors": {
                 name: {
                     "dtype": t.spec.dtype,
@@ -304,9 +306,8 @@ def decode_manifest(data: bytes, path: Path | str) -> Manifest:
     try:
         if m["block_bytes"] != BLOCK_BYTES:
             raise ValueError(f"block_bytes is {m['block_bytes']!r}, expected {BLOCK_BYTES}")
-        packs = tuple(_decode_pack(p, kind="safetensors") for p in m["packs"])
-        if len({p.file for p in packs}) != len(packs):
-            raise ValueError("two packs have the same file name")
+        tensors = _decode_tensors(mapping(m["tensors"]), len(m["packs"]))
+        packs = _decode_packs(m["packs"], tensors)
         manifest = Manifest(
             generation=natural(m["generation"]),
             step=natural(m["step"]),
@@ -314,7 +315,7 @@ def decode_manifest(data: bytes, path: Path | str) -> Manifest:
             producer={text(k): text(v) for k, v in mapping(m["producer"]).items()},
             objects=mapping(m["objects"]),
             packs=packs,
-            tensors=_decode_tensors(mapping(m["tensors"]), len(packs)),
+            tensors=tensors,
             lineage=_decode_lineage(m["lineage"], m["generation"]) if "lineage" in m else None,
         )
     except (KeyError, TypeError, ValueError, RecursionError) as e:
@@ -354,21 +355,33 @@ def _decode_lineage(coded: Any, generation: int) -> Lineage:
 def _check_sizes(manifest: Manifest, path: Path | str) -> None:
     """Every pack is exactly as large as the fragments that it is said to hold."""
     for record, held in zip(manifest.packs, manifest.places.held_bytes, strict=True):
-        blocks = -(-held // BLOCK_BYTES)
-        if held != record.data_bytes or record.size_bytes != record.data_start + held + 4 * blocks:
+        is_whole = record.extents is not None or (
+            record.size_bytes == record.table_start + 4 * record.blocks.n_blocks
+        )
+        if held != record.data_bytes or not is_whole:
             raise CoverageError(
                 path, f"the tensors give pack {record.file} {held} bytes, not {record.data_bytes}"
             )
 
 
-def _decode_pack(p: Any, kind: str | None = None) -> PackRecord:
-    if kind is not None and p["kind"] != kind:
-        raise ValueError(f"pack kind {reprlib.repr(p['kind'])} is not known to this version")
-    values = {f.name: p[f.name] for f in fields(PackRecord)}
-    if not _FILE_NAME.fullmatch(text(values["file"])):
-        raise ValueError(f"file name {reprlib.repr(values['file'])}")
-    for name in values.keys() - {"file"}:
-        natural(values[name])
-    if values["data_start"] < 1 or values["data_start"] % DATA_ALIGN_BYTES:
-        raise ValueError(f"its data starts at {values['data_start']}")
-    return PackRecord(**values)
+def _sizes_of(fragments: Iterable[Fragment]) -> Integers:
+    """Bytes and bytes per item of all that are not empty, in the order of a pack."""
+    sizes = [(f.size_bytes, f.spec.item_bytes) for f in pack_order(fragments) if f.size_bytes]
+    return np.array(sizes, np.int64).reshape(-1, 2)
+
+
+def _decode_packs(
+    coded: Sequence[Any], tensors: Mapping[str, StoredTensor]
+) -> tuple[PackRecord, ...]:
+    placed = cache(lambda: _places(tensors, len(coded)))
+
+    def sizes(pack: int) -> Integers:
+        return placed().sizes(pack)
+
+    packs = tuple(
+        decode_pack(p, p["kind"], partial(sizes, number)) for number, p in enumerate(coded)
+    )
+    files = [file for p in packs for file in {p.file, p.table_file}]
+    if len(set(files)) != len(files):
+        raise ValueError("two packs have the same file name")
+    return packs

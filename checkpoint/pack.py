@@ -1,6 +1,6 @@
-"""A pack: the fragments of one rank as one valid safetensors file.
+"""A pack: the fragments of one rank as one valid safetensors file, or as extents of any file.
 
-Layout of the file, all integers little-endian::
+Layout of a safetensors file, all integers little-endian::
 
     u64 header length | JSON header, padded with spaces | data | everstep.block_crc32c
 
@@ -8,6 +8,10 @@ The data starts at a multiple of 4096. Fragments follow each other without holes
 size (largest first), then name, then box, so that each is aligned to its own item size. The last
 tensor holds one CRC-32C per ``BLOCK_BYTES`` of data, as little-endian u32: the data comes first, so
 checksums computed while streaming can still be written. The header depends on the layout only.
+
+A pack of raw extents is a file without a header, in which each fragment lies by itself, at a byte
+offset that the manifest gives; whatever is between them is none of the pack's business. The
+checksums, one per block of each fragment, are in a file of their own beside it.
 """
 
 import errno
@@ -27,16 +31,19 @@ from everstep.checkpoint.errors import (
     BlockChecksumError,
     LayoutError,
     PackHeaderError,
-    PackTruncatedError,
 )
+from everstep.checkpoint.extents import Extent, Extents, Span
 from everstep.checkpoint.kernels import copy_box, crc32c, crc32c_blocks, gather_box_crc
 from everstep.checkpoint.layout import Box, Fragment
+from everstep.checkpoint.pack_files import map_file, read_file
 from everstep.checkpoint.store import StoreWriter
 
 PACK_VERSION = "1"
 BLOCK_BYTES = 2**20
 DATA_ALIGN_BYTES = 4096
 TABLE_NAME = "everstep.block_crc32c"
+TABLE_SUFFIX = ".crc32c"
+"""The checksums of a file of raw extents are in the file of its name with this suffix."""
 STORED_AS: dict[str, tuple[str, tuple[int, ...]]] = {
     "C128": ("F64", (2,)),
     "C32": ("F16", (2,)),
@@ -88,10 +95,38 @@ class PackRecord:
     rank: int
     size_bytes: int
     data_start: int
-    """Byte offset of the data in the file."""
+    """Byte offset of the data in the file; 0 for raw extents."""
     data_bytes: int
     crc32c: int
     """Of header and checksum table together; through the table it vouches for every byte."""
+    extents: tuple[Extent, ...] | None = None
+    """Of raw extents, where each fragment is that is not empty, in the order of a pack."""
+
+    @property
+    def kind(self) -> str:
+        """What the file is."""
+        return "safetensors" if self.extents is None else "raw_extents"
+
+    @property
+    def table_file(self) -> str:
+        """The file with the checksum table."""
+        return self.file if self.extents is None else self.file + TABLE_SUFFIX
+
+    @property
+    def table_start(self) -> int:
+        """Byte offset of the checksum table in its file; it ends where the file ends."""
+        return self.data_start + self.data_bytes if self.extents is None else 0
+
+    @property
+    def table_file_bytes(self) -> int:
+        """Size of the file with the checksum table."""
+        return self.size_bytes if self.extents is None else 4 * self.blocks.n_blocks
+
+    @cached_property
+    def blocks(self) -> Extents:
+        """Where its blocks lie in the file."""
+        dense = ((self.data_start, self.data_bytes),) if self.data_bytes else ()
+        return Extents(dense if self.extents is None else self.extents, BLOCK_BYTES)
 
 
 def pack_order(fragments: Iterable[Fragment]) -> list[Fragment]:
@@ -243,19 +278,24 @@ class PackReader:
     """
 
     def __init__(self, path: Path, record: PackRecord, *, threads: int = 1) -> None:
-        self._path, self._record, self._threads = path, record, threads
-        self._map = _map_file(path, record.size_bytes)
+        self._path, self._blocks, self._threads = path, record.blocks, threads
+        self._map = map_file(path, record.size_bytes)
         self._bytes: ByteArray = np.frombuffer(self._map, dtype=np.uint8)
-        table_start = record.data_start + record.data_bytes
         self._fetch(0, record.data_start)
-        self._fetch(table_start, record.size_bytes)
-        header, table = self._bytes[: record.data_start], self._bytes[table_start:]
+        header, table_path = self._bytes[: record.data_start], path
+        if record.extents is None:
+            self._fetch(record.table_start, record.size_bytes)
+            table = self._bytes[record.table_start :].tobytes()
+        else:
+            table_path = path.with_name(path.name + TABLE_SUFFIX)
+            table = read_file(table_path, record.table_file_bytes)
         if crc32c(table, crc32c(header)) != record.crc32c:
-            raise PackHeaderError(path, "its header or checksum table does not match the manifest")
-        self._data = self._bytes[record.data_start : table_start]
-        self._expected = np.frombuffer(table.tobytes(), dtype="<u4")
-        if len(self._expected) != -(-record.data_bytes // BLOCK_BYTES):
+            raise PackHeaderError(
+                table_path, "its header or checksum table does not match the manifest"
+            )
+        if len(table) != 4 * self._blocks.n_blocks:
             raise PackHeaderError(path, "its checksum table has the wrong length")
+        self._expected = np.frombuffer(table, dtype="<u4")
         self._verified = np.zeros(len(self._expected), dtype=bool)
 
     def read_box(
@@ -265,7 +305,7 @@ class PackReader:
 
         Args:
             fragment: the fragment, stored densely.
-            start: its byte offset in the data.
+            start: address of its first byte (see ``extents``): its byte offset in the data.
             box: the box to copy, inside the fragment's.
             target: the array to fill; writable.
             target_offset: byte offset in ``target.buffer`` of the first item of ``box``.
@@ -282,8 +322,8 @@ class PackReader:
             target.buffer,
             target_offset,
             target.strides_bytes,
-            self._data,
-            first,
+            self._bytes,
+            self._blocks.file_offset(first),
             strides,
             box.shape,
             fragment.spec.item_bytes,
@@ -292,7 +332,7 @@ class PackReader:
 
     def verify_all(self) -> None:
         """Check every block."""
-        self._verify(0, self._record.data_bytes)
+        self._verify(0, self._blocks.end)
 
     def _verify(self, begin: int, end: int) -> None:
         first, stop = begin // BLOCK_BYTES, -(-end // BLOCK_BYTES)
@@ -303,18 +343,20 @@ class PackReader:
             run = first
             while run < min(stop, first + FETCH_BLOCKS) and not self._verified[run]:
                 run += 1
-            data = self._data[first * BLOCK_BYTES : run * BLOCK_BYTES]
-            begin = self._record.data_start + first * BLOCK_BYTES
-            self._fetch(begin, begin + len(data))
-            found = crc32c_blocks(data, BLOCK_BYTES, threads=self._threads)
-            bad = np.flatnonzero(found != self._expected[first:run])
-            if len(bad):
-                at = int(bad[0])
-                raise BlockChecksumError(
-                    self._path, first + at, int(self._expected[first + at]), int(found[at])
-                )
+            for span in self._blocks.spans(first, run):
+                self._verify_span(span)
             self._verified[first:run] = True
             first = run
+
+    def _verify_span(self, span: Span) -> None:
+        self._fetch(span.offset, span.offset + span.n_bytes)
+        data = self._bytes[span.offset : span.offset + span.n_bytes]
+        found = crc32c_blocks(data, BLOCK_BYTES, threads=self._threads)
+        expected = self._expected[span.block : span.block + len(found)]
+        bad = np.flatnonzero(found != expected)
+        if len(bad):
+            at = int(bad[0])
+            raise BlockChecksumError(self._path, span.block + at, int(expected[at]), int(found[at]))
 
     def _fetch(self, begin: int, end: int) -> None:
         """Read a range of the file at once, so that an I/O error is an exception, not a SIGBUS."""
@@ -328,7 +370,7 @@ class PackReader:
 
     def close(self) -> None:
         """Let go of the file."""
-        del self._bytes, self._data, self._map
+        del self._bytes, self._map
 
     def __enter__(self) -> "PackReader":
         return self
@@ -340,34 +382,6 @@ class PackReader:
         trace: TracebackType | None,
     ) -> None:
         self.close()
-
-
-@dataclass(frozen=True)
-class PackIndex:
-    """Where fragments lie in a pack, from the fragments alone: no header needs to be read."""
-
-    fragments: tuple[Fragment, ...]
-
-    @cached_property
-    def starts(self) -> dict[tuple[str, tuple[int, ...]], tuple[int, Fragment]]:
-        """(tensor name, box offset) -> (byte offset in the data, fragment)."""
-        ordered = pack_order(self.fragments)
-        starts, _ = pack_starts(ordered)
-        return {(f.spec.name, f.box.offset): (s, f) for f, s in zip(ordered, starts, strict=True)}
-
-
-def _map_file(path: Path, size_bytes: int) -> mmap.mmap:
-    try:
-        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-    except FileNotFoundError:
-        raise PackTruncatedError(path, "the file is missing") from None
-    try:
-        found = os.fstat(fd).st_size
-        if found != size_bytes:
-            raise PackTruncatedError(path, f"it has {found} bytes, expected {size_bytes}")
-        return mmap.mmap(fd, size_bytes, prot=mmap.PROT_READ)
-    finally:
-        os.close(fd)
 
 
 def dense_strides(shape: Sequence[int], item_bytes: int) -> tuple[int, ...]:

@@ -72,8 +72,8 @@ class RangedReader:
 
     def needs(self, plan: dict[int, list[Piece]]) -> dict[int, Blocks]:
         """The blocks that a plan touches, by pack."""
-        sizes = {pack: self.manifest.packs[pack].data_bytes for pack in plan}
-        return {pack: needed_blocks(plan[pack], sizes[pack], BLOCK_BYTES) for pack in plan}
+        ends = {pack: self.manifest.packs[pack].blocks.end for pack in plan}
+        return {pack: needed_blocks(plan[pack], ends[pack], BLOCK_BYTES) for pack in plan}
 
     def fill(
         self, requests: Sequence[Request], on_bytes: Callable[[int], None] | None = None
@@ -107,11 +107,11 @@ class RangedReader:
 
     def n_blocks(self, pack: int) -> int:
         """How many blocks a pack has."""
-        return -(-self.manifest.packs[pack].data_bytes // BLOCK_BYTES)
+        return self.manifest.packs[pack].blocks.n_blocks
 
     def window_bytes(self, window: Window) -> int:
-        """The size of a window; the last block of a pack may be short."""
-        end = min(window.end * BLOCK_BYTES, self.manifest.packs[window.pack].data_bytes)
+        """The size of a window, by addresses; the last block of a pack may be short."""
+        end = min(window.end * BLOCK_BYTES, self.manifest.packs[window.pack].blocks.end)
         return end - window.begin * BLOCK_BYTES
 
     def fetch_all(
@@ -132,10 +132,19 @@ class RangedReader:
             pool.shutdown(wait=True, cancel_futures=True)
 
     def fetch(self, window: Window) -> ByteArray:
-        """The bytes of one window, not verified yet; raises PackTruncatedError, OSError."""
+        """The bytes of one window, not verified yet; raises PackTruncatedError, OSError.
+
+        Addresses that no byte has, behind the end of an extent, are zeros.
+        """
         record = self.manifest.packs[window.pack]
-        begin = record.data_start + window.begin * BLOCK_BYTES
-        return self._read(record.file, begin, self.window_bytes(window))
+        spans = list(record.blocks.spans(window.begin, window.end))
+        if len(spans) == 1:
+            return self._read(record.file, spans[0].offset, spans[0].n_bytes)
+        data = np.zeros(self.window_bytes(window), np.uint8)
+        for span in spans:
+            at = (span.block - window.begin) * BLOCK_BYTES
+            data[at : at + span.n_bytes] = self._read(record.file, span.offset, span.n_bytes)
+        return data
 
     def copy(
         self,
@@ -186,31 +195,38 @@ class RangedReader:
         )
 
     def _check(self, window: Window, data: ByteArray, needed: Blocks) -> None:
-        expected = self.tables[window.pack][window.begin : window.end]
-        found = crc32c_blocks(data, BLOCK_BYTES, threads=self._threads)
-        bad = np.flatnonzero((found != expected) & needed[window.begin : window.end])
-        if len(bad):
-            at = int(bad[0])
-            where = self.folder.describe(self.manifest.packs[window.pack].file)
-            raise BlockChecksumError(where, window.begin + at, int(expected[at]), int(found[at]))
+        record, expected = self.manifest.packs[window.pack], self.tables[window.pack]
+        for span in record.blocks.spans(window.begin, window.end):
+            at = (span.block - window.begin) * BLOCK_BYTES
+            found = crc32c_blocks(data[at : at + span.n_bytes], BLOCK_BYTES, threads=self._threads)
+            blocks = slice(span.block, span.block + len(found))
+            damaged = (found != expected[blocks]) & needed[blocks]
+            for index in np.flatnonzero(damaged).tolist():
+                block, where = span.block + index, self.folder.describe(record.file)
+                raise BlockChecksumError(where, block, int(expected[block]), int(found[index]))
 
     def _read_table(self, pack: int) -> NDArray[np.uint32]:
         record = self.manifest.packs[pack]
-        where = self.folder.describe(record.file)
-        size = self.folder.size(record.file)
-        if size is None:
-            raise PackTruncatedError(where, "the file is missing")
-        if size != record.size_bytes:
-            raise PackTruncatedError(where, f"it has {size} bytes, expected {record.size_bytes}")
+        self._check_size(record.file, record.size_bytes)
+        if record.table_file != record.file:
+            self._check_size(record.table_file, record.table_file_bytes)
         crc, step = 0, WINDOW_BLOCKS * BLOCK_BYTES
         for begin in range(0, record.data_start, step):
             length = min(step, record.data_start - begin)
             crc = crc32c(self._read(record.file, begin, length), crc)
-        table_start = record.data_start + record.data_bytes
-        table = self._read(record.file, table_start, record.size_bytes - table_start)
+        table_bytes = record.table_file_bytes - record.table_start
+        table = self._read(record.table_file, record.table_start, table_bytes)
         if crc32c(table, crc) != record.crc32c:
+            where = self.folder.describe(record.table_file)
             raise PackHeaderError(where, "its header or checksum table does not match the manifest")
         return table.view("<u4").astype(np.uint32)
+
+    def _check_size(self, file: str, size_bytes: int) -> None:
+        where, found = self.folder.describe(file), self.folder.size(file)
+        if found is None:
+            raise PackTruncatedError(where, "the file is missing")
+        if found != size_bytes:
+            raise PackTruncatedError(where, f"it has {found} bytes, expected {size_bytes}")
 
     def _read(self, file: str, offset: int, length: int) -> ByteArray:
         try:

@@ -6,8 +6,8 @@ import zlib
 from collections.abc import Sequence
 
 from everstep.checkpoint.collective import Collective
+from everstep.checkpoint.fragment_codec import SpecPool, fragments_from_json, fragments_to_json
 from everstep.checkpoint.layout import Fragment
-from everstep.checkpoint.manifest import SpecPool, fragments_from_json, fragments_to_json
 from everstep.checkpoint.pack import PackPlan, plan_pack
 from everstep.checkpoint.reshard import plan_save
 

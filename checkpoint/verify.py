@@ -8,9 +8,10 @@ from typing import Protocol
 import numpy as np
 import numpy.typing as npt
 
+from everstep.checkpoint.extents import Span
 from everstep.checkpoint.kernels import crc32c, crc32c_blocks
 from everstep.checkpoint.manifest import Manifest
-from everstep.checkpoint.pack import BLOCK_BYTES, PackRecord, pack_order, pack_starts
+from everstep.checkpoint.pack import BLOCK_BYTES, PackRecord
 from everstep.checkpoint.views.index_files import index_files
 
 RUN_BYTES = 16 * BLOCK_BYTES
@@ -103,16 +104,13 @@ def _examine(
 ) -> Iterator[tuple[int, int | None, str | None]]:
     """(bytes that were read, block, problem) of runs without a problem, and of every problem."""
     try:
-        size_bytes = files.size(record.file)
-        if size_bytes is None:
-            yield 0, None, "the file is missing"
+        problem = _size_problem(files, record)
+        if problem is not None:
+            yield 0, None, problem
             return
-        if size_bytes != record.size_bytes:
-            yield 0, None, f"it has {size_bytes} bytes, expected {record.size_bytes}"
-            return
-        table_start = record.data_start + record.data_bytes
         header = files.read(record.file, 0, record.data_start)
-        table = files.read(record.file, table_start, record.size_bytes - table_start)
+        table_bytes = record.table_file_bytes - record.table_start
+        table = files.read(record.table_file, record.table_start, table_bytes)
     except OSError as error:
         yield 0, None, _sentence(error)
         return
@@ -120,36 +118,53 @@ def _examine(
         yield 0, None, "its header or checksum table does not match the manifest"
         return
     expected = np.frombuffer(table, dtype="<u4")
-    for begin in range(0, record.data_bytes, RUN_BYTES):
-        end = min(begin + RUN_BYTES, record.data_bytes)
-        try:
-            yield from _examine_run(files, record, begin, end, expected, threads)
-        except OSError:  # only some of these blocks, perhaps
-            for at in range(begin, end, BLOCK_BYTES):
-                stop = min(at + BLOCK_BYTES, end)
-                try:
-                    yield from _examine_run(files, record, at, stop, expected, threads)
-                except OSError as error:
-                    yield stop - at, at // BLOCK_BYTES, _sentence(error)
+    for extent in record.blocks.spans(0, record.blocks.n_blocks):
+        for run in _cut(extent, RUN_BYTES):
+            try:
+                yield from _examine_run(files, record.file, run, expected, threads)
+            except OSError:  # only some of these blocks, perhaps
+                for block in _cut(run, BLOCK_BYTES):
+                    try:
+                        yield from _examine_run(files, record.file, block, expected, threads)
+                    except OSError as error:
+                        yield block.n_bytes, block.block, _sentence(error)
+
+
+def _size_problem(files: StepFiles, record: PackRecord) -> str | None:
+    """What is wrong with the size of a pack, or of the file of its checksums."""
+    whose = {record.table_file: "the file of its checksums ", record.file: ""}
+    expected = {record.table_file: record.table_file_bytes, record.file: record.size_bytes}
+    for name, size_bytes in expected.items():
+        found = files.size(name)
+        if found is None:
+            return f"{whose[name] or 'the file '}is missing"
+        if found != size_bytes:
+            return f"{whose[name] or 'it '}has {found} bytes, expected {size_bytes}"
+    return None
+
+
+def _cut(span: Span, n_bytes: int) -> Iterator[Span]:
+    """Parts of whole blocks, of at most so many bytes."""
+    for at in range(0, span.n_bytes, n_bytes):
+        length = min(n_bytes, span.n_bytes - at)
+        yield Span(span.block + at // BLOCK_BYTES, span.offset + at, length)
 
 
 def _examine_run(
     files: StepFiles,
-    record: PackRecord,
-    begin: int,
-    end: int,
+    file: str,
+    run: Span,
     expected: npt.NDArray[np.uint32],
     threads: int,
 ) -> Iterator[tuple[int, int | None, str | None]]:
-    """Whole blocks of the data; raises OSError before it yields anything."""
-    data = files.read(record.file, record.data_start + begin, end - begin)
-    if len(data) != end - begin:
-        raise OSError(f"it ends {end - begin - len(data)} bytes too early")
+    """Blocks of one extent; raises OSError before it yields anything."""
+    data = files.read(file, run.offset, run.n_bytes)
+    if len(data) != run.n_bytes:
+        raise OSError(f"it ends {run.n_bytes - len(data)} bytes too early")
     found = crc32c_blocks(data, BLOCK_BYTES, threads=threads)
-    first = begin // BLOCK_BYTES
-    yield end - begin, None, None
-    for index in np.flatnonzero(found != expected[first : first + len(found)]).tolist():
-        block = first + index
+    yield run.n_bytes, None, None
+    for index in np.flatnonzero(found != expected[run.block : run.block + len(found)]).tolist():
+        block = run.block + index
         yield 0, block, f"its checksum is {found[index]:08x}, expected {expected[block]:08x}"
 
 
@@ -170,13 +185,9 @@ class _Held:
 
     @cached_property
     def _ranges(self) -> list[tuple[int, int, str]]:
-        """[begin, end) in the data, and the name of the tensor."""
-        ordered = pack_order(self._manifest.pack_indexes[self._number].fragments)
-        starts, _ = pack_starts(ordered)
-        return [
-            (start, start + fragment.size_bytes, fragment.spec.name)
-            for start, fragment in zip(starts, ordered, strict=True)
-        ]
+        """[begin, end) of its addresses, and the name of the tensor."""
+        starts = self._manifest.pack_indexes[self._number].starts
+        return [(start, start + f.size_bytes, f.spec.name) for start, f in starts.values()]
 
 
 def _sentence(error: OSError) -> str:

@@ -88,10 +88,12 @@ def _missing(manifest: Manifest, folder: Folder) -> str | None:
     is_local = folder.store.local_path() is not None
     wrong = []
     for record in manifest.packs:
-        if record.file not in names:
-            wrong.append(f"{record.file} is missing")
-        elif is_local and (size_bytes := folder.size(record.file)) != record.size_bytes:
-            wrong.append(f"{record.file} has {size_bytes} bytes, expected {record.size_bytes}")
+        files = {record.file: record.size_bytes, record.table_file: record.table_file_bytes}
+        for file, expected_bytes in files.items():
+            if file not in names:
+                wrong.append(f"{file} is missing")
+            elif is_local and (size_bytes := folder.size(file)) != expected_bytes:
+                wrong.append(f"{file} has {size_bytes} bytes, expected {expected_bytes}")
     more = f" (and {len(wrong) - 1} more)" if len(wrong) > 1 else ""
     return f"{wrong[0]}{more}" if wrong else None
 

@@ -103,7 +103,13 @@ def manifest_json(path: str, manifest: Manifest, only: Sequence[str]) -> dict[st
         "size_bytes": manifest.size_bytes,
         "objects": dict(manifest.objects),
         "packs": [
-            {"file": p.file, "rank": p.rank, "size_bytes": p.size_bytes, "data_bytes": p.data_bytes}
+            {
+                "kind": p.kind,
+                "file": p.file,
+                "rank": p.rank,
+                "size_bytes": p.size_bytes,
+                "data_bytes": p.data_bytes,
+            }
             for p in manifest.packs
         ],
         "tensors": [
@@ -156,9 +162,9 @@ def print_manifest(console: "Console", found: Mapping[str, Any]) -> None:
     say(console, "")
     print_table(
         console,
-        ("pack", "rank", "size", "file"),
+        ("pack", "rank", "size", "kind", "file"),
         [
-            (str(number), str(p["rank"]), size_words(p["size_bytes"]), p["file"])
+            (str(number), str(p["rank"]), size_words(p["size_bytes"]), p["kind"], p["file"])
             for number, p in enumerate(found["packs"])
         ],
         right=(0, 1, 2),

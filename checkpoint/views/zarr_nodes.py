@@ -71,7 +71,6 @@ def zarr_nodes(
         known: the types that the reader of the view knows.
     """
     file_sizes = np.array([p.size_bytes for p in manifest.packs], np.int64)
-    data_starts = np.array([p.data_start for p in manifest.packs], np.int64)
     paths = {node_name(name): tensor for name, tensor in manifest.tensors.items()}
     root = {"everstep_step": manifest.step, "everstep_generation": manifest.generation}
     for key in sorted([*(f"{path}/".encode() for path in paths), b"zarr.json"]):
@@ -81,8 +80,7 @@ def zarr_nodes(
         path = key[:-1].decode()
         tensor = paths[path]
         packs = np.array(tensor.packs, np.int64)
-        starts = np.array(manifest.starts(tensor.spec.name), np.int64)
-        places = CellPlaces(packs, starts + data_starts[packs])
+        places = CellPlaces(packs, manifest.file_offsets(tensor.spec.name))
         yield from _tensor_nodes(path, tensor, places, file_sizes, known)
 
 

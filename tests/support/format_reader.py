@@ -49,6 +49,20 @@ def _cells(tensor: dict[str, Any]) -> list[tuple[list[tuple[int, int]], int]]:
     return list(zip(cells, packs, strict=True))
 
 
+def _fill(
+    tensor: np.ndarray[Any, Any],
+    coded: dict[str, Any],
+    cell: list[tuple[int, int]],
+    data: bytes,
+    at: int,
+) -> bytes:
+    """Fill a cell from the bytes of a file, from byte ``at`` on; the bytes that it took."""
+    whole = tensor.reshape(-1) if "flat" in coded else tensor
+    target = whole[(*(slice(*span) for span in cell), ...)]
+    target[...] = np.frombuffer(data, target.dtype, target.size, at).reshape(target.shape)
+    return data[at : at + target.nbytes]
+
+
 def read_checkpoint(folder: Path) -> tuple[dict[str, Any], dict[str, np.ndarray[Any, Any]]]:
     """The objects and all tensors of one checkpoint."""
     manifest = read_record(folder / "manifest.json")
@@ -64,17 +78,24 @@ def read_checkpoint(folder: Path) -> tuple[dict[str, Any], dict[str, np.ndarray[
     for pack, cells in zip(manifest["packs"], held, strict=True):
         data = (folder / pack["file"]).read_bytes()
         assert len(data) == pack["size_bytes"]
+        block = manifest["block_bytes"]
+        offsets = [first + i * step for first, n, step in pack.get("offsets", []) for i in range(n)]
+        if pack["kind"] == "raw_extents":
+            table = (folder / (pack["file"] + ".crc32c")).read_bytes()
+            assert _crc32c(table) == pack["crc32c"]
+            sums = iter(np.frombuffer(table, "<u4").tolist())
+            for at, (_, name, _, cell) in zip(offsets, sorted(cells), strict=True):
+                stored = _fill(found[name], manifest["tensors"][name], cell, data, at)
+                for begin in range(0, len(stored), block):
+                    assert next(sums) == _crc32c(stored[begin : begin + block])
+            assert next(sums, None) is None
+            continue
         begin, end = pack["data_start"], pack["data_start"] + pack["data_bytes"]
         assert _crc32c(data[:begin] + data[end:]) == pack["crc32c"]
         table = np.frombuffer(data[end:], "<u4")
-        block = manifest["block_bytes"]
         blocks = [data[at : min(at + block, end)] for at in range(begin, end, block)]
         assert table.tolist() == [_crc32c(b) for b in blocks]
         for _, name, _, cell in sorted(cells):
-            whole = found[name].reshape(-1) if "flat" in manifest["tensors"][name] else found[name]
-            target = whole[(*(slice(*span) for span in cell), ...)]
-            stored = np.frombuffer(data, target.dtype, target.size, begin)
-            target[...] = stored.reshape(target.shape)
-            begin += target.nbytes
+            begin += len(_fill(found[name], manifest["tensors"][name], cell, data, begin))
         assert begin == end
     return manifest["objects"], found

@@ -1,6 +1,6 @@
 """Committed checkpoints of arrays cut along any grid, without a model and without torch."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from everstep.checkpoint.commit import CheckpointDirectory
+from everstep.checkpoint.kernels import crc32c, crc32c_blocks
 from everstep.checkpoint.layout import (
     ITEM_BYTES,
     Box,
@@ -19,6 +20,7 @@ from everstep.checkpoint.layout import (
 from everstep.checkpoint.lineage import StepId
 from everstep.checkpoint.manifest import Manifest, Part, build_manifest
 from everstep.checkpoint.pack import (
+    BLOCK_BYTES,
     PackRecord,
     StridedBytes,
     dense_strides,
@@ -26,6 +28,7 @@ from everstep.checkpoint.pack import (
     write_pack,
 )
 from tests.support.fragments import flat_fragment
+from tests.support.raw_extents import raw_pack
 
 BITS = {16: "V16", 8: "<u8", 4: "<u4", 2: "<u2", 1: "u1"}
 """Arrays hold the bits of items, by bytes per item."""
@@ -83,11 +86,17 @@ def torch_chunks(n: int, *parts: int) -> list[int]:
 
 
 def write_step(
-    root: Path, cuts: Mapping[str, Cut], *, step: int = 1, seed: int = 0
+    root: Path,
+    cuts: Mapping[str, Cut],
+    *,
+    step: int = 1,
+    seed: int = 0,
+    raw: Collection[int] = (),
 ) -> tuple[Path, Manifest]:
     """Save tensors as one committed step, with a pack for each cell of the most-cut one.
 
-    Which pack holds a cell is random. Returns the directory of the step, and its manifest.
+    Which pack holds a cell is random; the packs with the numbers ``raw`` are of raw extents.
+    Returns the directory of the step, and its manifest.
     """
     held = _share_out(cuts, seed)
     directory = CheckpointDirectory(root)
@@ -102,6 +111,12 @@ def write_step(
 
     for rank, fragments in enumerate(held):
         plan = plan_pack(rank, fragments)
+        if rank in raw:
+            record, files = raw_pack(rank, fragments, lambda f: _cell(cuts, f).tobytes(), seed)
+            for name, data in files.items():
+                (path / name).write_bytes(data)
+            directory.put_part(_part(rank, len(held), step, record, plan.fragments))
+            continue
         record = write_pack(path / f"rank-{rank:05d}-ab.safetensors", plan, source_of)
         directory.put_part(_part(rank, len(held), step, record, plan.fragments))
     directory.commit(step_id, len(held))
@@ -141,22 +156,31 @@ def uneven_cuts() -> dict[str, Cut]:
     return cuts
 
 
-def packed(cuts: Mapping[str, Cut], seed: int = 0) -> tuple[Manifest, dict[str, bytes]]:
+def packed(
+    cuts: Mapping[str, Cut], seed: int = 0, raw: Collection[int] = ()
+) -> tuple[Manifest, dict[str, bytes]]:
     """The same as ``write_step`` without any file: the manifest, and the bytes of each pack."""
-    parts, packs = [], {}
+    parts: list[Part] = []
+    packs: dict[str, bytes] = {}
     held = _share_out(cuts, seed)
     for rank, fragments in enumerate(held):
         plan = plan_pack(rank, fragments)
+        if rank in raw:
+            record, files = raw_pack(rank, fragments, lambda f: _cell(cuts, f).tobytes(), seed)
+            packs |= files
+            parts.append(_part(rank, len(held), 1, record, plan.fragments))
+            continue
         data = b"".join(_cell(cuts, f).tobytes() for f in plan.fragments)
         name = f"rank-{rank:05d}-ab.safetensors"
-        packs[name] = plan.header + data + bytes(4 * plan.n_blocks)
+        table = crc32c_blocks(data, BLOCK_BYTES).astype("<u4").tobytes()
+        packs[name] = plan.header + data + table
         record = PackRecord(
             file=name,
             rank=rank,
             size_bytes=plan.size_bytes,
             data_start=len(plan.header),
             data_bytes=plan.data_bytes,
-            crc32c=0,
+            crc32c=crc32c(table, crc32c(plan.header)),
         )
         parts.append(_part(rank, len(held), 1, record, plan.fragments))
     return build_manifest(parts), packs

@@ -10,6 +10,7 @@ from everstep.checkpoint.lock import DirectoryLock
 from everstep.words import plural
 from tests.support.ckpt_runs import Ckpt, ckpt, manifest_of, run, save, spoil
 from tests.support.stored import save_arrays
+from tests.support.written_steps import Cut, random_bits, write_step
 
 __all__ = ["ckpt", "run"]
 
@@ -43,6 +44,24 @@ def test_verify_reports_all_damage(run: Path, ckpt: Ckpt) -> None:
     spoil(manifest_of(run, StepId(2, 40)))
     ckpt("verify", run, code=1)
     assert "manifest.json is damaged" in ckpt.errors
+
+
+def test_packs_of_raw_extents(tmp_path: Path, ckpt: Ckpt) -> None:
+    step, manifest = write_step(
+        tmp_path, {"w": Cut("U8", random_bits((9,), "U8"), ([4],))}, raw=(1,)
+    )
+    found = ckpt.json("inspect", f"{tmp_path}@1")
+    assert [p["kind"] for p in found["packs"]] == ["safetensors", "raw_extents"]
+    assert "raw_extents  rank-00001-ab.extents" in ckpt("inspect", f"{tmp_path}@1")
+    ckpt("verify", f"{tmp_path}@1")
+    path, offset = step / manifest.packs[1].file, manifest.packs[1].blocks.file_offset(0)
+    data = bytearray(path.read_bytes())
+    data[offset] ^= 1
+    path.write_bytes(data)
+    (damage,) = ckpt.json("verify", f"{tmp_path}@1", code=1)["damages"]
+    assert (damage["file"], damage["block"], damage["tensors"]) == (path.name, 0, ["w"])
+    (step / manifest.packs[1].table_file).unlink()
+    assert "rank-00001-ab.extents.crc32c is missing" in ckpt("ls", tmp_path, code=1)
 
 
 def test_verify_reads_the_files_of_the_views(run: Path, ckpt: Ckpt) -> None:
