@@ -182,14 +182,14 @@ def everstep_unchecked(worker: Worker, held: Held, path: Path, step: int) -> Non
     packs: dict[int, np.ndarray] = {}
     for name, tensor in tensors_of(State(model=held.module)).items():
         stored, wanted = manifest.tensors[name], tensor.fragment.box
+        item_bytes, starts = stored.spec.item_bytes, manifest.starts(name)
         target = strided_bytes(tensor.local)
-        for copy in plan_load(stored.grid, stored.packs, wanted):
+        for copy in plan_load(stored.layout, stored.packs, starts, item_bytes, wanted):
             if copy.pack not in packs:
                 record = manifest.packs[copy.pack]
                 file = directory.step_path(step_id) / record.file
                 packs[copy.pack] = np.memmap(file, np.uint8, "r")[record.data_start :]
-            start, fragment = manifest.pack_indexes[copy.pack].starts[name, copy.cell.offset]
-            strides = dense_strides(copy.cell.shape, fragment.spec.item_bytes)
+            strides = dense_strides(copy.cell.shape, item_bytes)
             inside = zip(copy.box.relative_to(copy.cell), strides, strict=True)
             outside = zip(copy.box.relative_to(wanted), target.strides_bytes, strict=True)
             copy_box(
@@ -197,10 +197,10 @@ def everstep_unchecked(worker: Worker, held: Held, path: Path, step: int) -> Non
                 target.offset_bytes + sum(i * s for i, s in outside),
                 target.strides_bytes,
                 packs[copy.pack],
-                start + sum(i * s for i, s in inside),
+                copy.start + sum(i * s for i, s in inside),
                 strides,
                 copy.box.shape,
-                fragment.spec.item_bytes,
+                item_bytes,
             )
 
 
