@@ -26,6 +26,7 @@ from everstep.checkpoint.pack import (
     write_pack,
 )
 from everstep.checkpoint.torch_layout import DTYPES, strided_bytes
+from tests.support.packs import read_box
 
 pytestmark = pytest.mark.filterwarnings("ignore:ComplexHalf support is experimental:UserWarning")
 
@@ -192,7 +193,7 @@ def _read(reader: PackReader, tensors: Tensors, fragment: Fragment, box: Box) ->
     plan = plan_pack(2, tensors)
     target = torch.zeros(box.shape, dtype=DTYPES[fragment.spec.dtype])
     start = plan.starts[plan.fragments.index(fragment)]
-    reader.read_box(fragment, start, box, strided_bytes(target), 0)
+    read_box(reader, fragment, start, box, strided_bytes(target))
     return target
 
 
@@ -240,7 +241,7 @@ def test_nothing_is_copied_from_a_damaged_block(tmp_path: Path) -> None:
     (tmp_path / "p").write_bytes(damaged)
     target = torch.zeros(100, dtype=torch.uint8)
     with PackReader(tmp_path / "p", record) as reader, pytest.raises(BlockChecksumError):
-        reader.read_box(fragment, 0, fragment.box, strided_bytes(target), 0)
+        read_box(reader, fragment, 0, fragment.box, strided_bytes(target))
     assert not target.any()
 
 
