@@ -51,8 +51,10 @@ def plan_copies(
     if not wanted.size:
         return []
     return [
-        BoxCopy(packs[cell], starts[cell] + begin, starts[cell] + end, *where)
-        for cell, begin, end, *where in _within_cells(layout, item_bytes, wanted, strides_bytes)
+        BoxCopy(packs[cell], starts[cell] + begin, starts[cell] + end, strides, target_bytes, shape)
+        for cell, begin, end, strides, target_bytes, shape in _within_cells(
+            layout, item_bytes, wanted, strides_bytes
+        )
     ]
 
 
