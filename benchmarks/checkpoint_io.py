@@ -14,7 +14,8 @@ share that stayed is recorded). What is loaded was saved in four row shards, by 
 whole tensors from one rank.
 
 - ``raw O_DIRECT``: the same bytes from and to aligned memory, 16 MiB at a time, one file per rank;
-- ``raw memcpy``: the same bytes from memory to memory;
+- ``raw memcpy``: the same bytes from memory to memory; ``raw strided copy``: the same in the rows
+  that resharding copies, by NumPy;
 - ``everstep``: ``Checkpointer.save`` and ``load``; ``everstep, unchecked``: only the planned copies
   out of the mapped packs, without checksums;
 - ``DCP``: torch.distributed.checkpoint as it comes; ``2 threads``: with two writing threads per
@@ -44,7 +45,15 @@ from pathlib import Path
 
 from checkpoint_io_files import drop, file_system, resident_share, takes_direct, warm
 from checkpoint_io_ranks import Ranks
-from checkpoint_io_report import Samples, goals, plot, print_report, quartiles, rows_of
+from checkpoint_io_report import (
+    Samples,
+    beside_strided,
+    goals,
+    plot,
+    print_report,
+    quartiles,
+    rows_of,
+)
 from checkpoint_io_turns import (
     COLD,
     FULL,
@@ -53,6 +62,7 @@ from checkpoint_io_turns import (
     QUICK,
     RANKS,
     SAVE,
+    STRIDED,
     TINY,
     UNCHECKED,
     Turn,
@@ -78,7 +88,7 @@ class Stage:
         """One turn in a round; round 0 checks what is loaded, and does not count."""
         samples = Samples() if number == 0 else self.found[turn]
         path = self._save_path(turn, number) if turn.kind == SAVE else self._load_path(turn)
-        if turn.kind != SAVE and turn.way != MEMCPY:
+        if turn.kind != SAVE and turn.way not in (MEMCPY, STRIDED):
             (drop if turn.kind == COLD else warm)(path)
             samples.resident.append(resident_share(path))
         answers = self._ranks.call("turn", turn, path, number, number == 0)
@@ -178,6 +188,7 @@ def main() -> int:
             "ranks": RANKS,
             "rounds": rounds,
             "goals": [{**asdict(goal), "met": goal.met} for goal in shown],
+            "beside_strided_copy": beside_strided(stage.found),
             "turns": rows_of(stage.found, size.size_bytes),
             "plan": {
                 "tensors": PLAN_TENSORS[size],

@@ -19,6 +19,7 @@ from checkpoint_io_turns import (
     RAW,
     ROWS,
     SAVE,
+    STRIDED,
     TP,
     UNCHECKED,
     WARM,
@@ -127,6 +128,21 @@ def goals(found: Found, plan_s: Sequence[float]) -> list[Goal]:
     return shown
 
 
+def beside_strided(found: Found) -> dict[str, list[float]]:
+    """Quartiles of CPU over that of the strided copy, which no load on these layouts can beat."""
+
+    def cpu_s(way: str, layout: str) -> list[float]:
+        return found[Turn(kind=WARM, way=way, source=ROWS, layout=layout)].cpu_s
+
+    return {
+        f"{WARM}, {ROWS} -> {layout}, {way}: CPU over the strided copy's": ratios(
+            cpu_s(way, layout), cpu_s(STRIDED, layout)
+        )
+        for layout in (BOXES, TP)
+        for way in (UNCHECKED, OURS)
+    }
+
+
 def rows_of(found: Found, size_bytes: int) -> list[dict[str, Any]]:
     """For each turn its samples and their quartiles, for the results file."""
     return [
@@ -161,6 +177,9 @@ def print_report(found: Found, size_bytes: int, shown: Sequence[Goal]) -> None:
             f"  {'met   ' if goal.met else 'MISSED'} {goal.claim}: {middle:.2f}"
             f" [{low:.2f}, {high:.2f}], wanted {'>=' if goal.at_least else '<='} {goal.limit:g}"
         )
+    print("\nbeside the copies alone (median [quartiles] over rounds)")
+    for claim, (low, middle, high) in beside_strided(found).items():
+        print(f"  {claim}: {middle:.2f} [{low:.2f}, {high:.2f}]")
 
 
 def plot(found: Found, title: str, path: Path) -> None:
@@ -198,7 +217,7 @@ def plot(found: Found, title: str, path: Path) -> None:
 
 
 def _colour(way: str) -> str:
-    if way in (RAW, MEMCPY):
+    if way in (RAW, MEMCPY, STRIDED):
         return "0.6"
     if way in (OURS, UNCHECKED):
         return "tab:green"

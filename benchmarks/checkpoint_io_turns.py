@@ -8,7 +8,7 @@ RANKS = 4
 ROWS, BOXES, TP, ONE = "4 row shards", "2x2 boxes", "tp2 x dp2", "1 rank"
 LAYOUTS = (ROWS, BOXES, TP, ONE)
 
-RAW, MEMCPY = "raw O_DIRECT", "raw memcpy"
+RAW, MEMCPY, STRIDED = "raw O_DIRECT", "raw memcpy", "raw strided copy"
 OURS, UNCHECKED = "everstep", "everstep, unchecked"
 DCP, DCP_THREADS, DCP_SAFETENSORS = "DCP", "DCP, 2 threads", "DCP, safetensors"
 TORCH, SAFETENSORS, TENSORSTORE = "torch.save", "safetensors", "TensorStore zarr3"
@@ -66,7 +66,7 @@ class Turn:
     @property
     def label(self) -> str:
         """The way; for a load of what one rank has saved, that too."""
-        of_one = self.kind != SAVE and self.source == ONE and self.way not in (RAW, MEMCPY)
+        of_one = self.kind != SAVE and self.source == ONE and self.way not in (RAW, MEMCPY, STRIDED)
         return f"{self.way}, saved by 1 rank" if of_one else self.way
 
 
@@ -82,6 +82,7 @@ def all_turns() -> list[Turn]:
             for way in ways
         ),
         *(_load(WARM, MEMCPY, layout, layout) for layout in (ROWS, ONE)),
+        *(_load(WARM, STRIDED, ROWS, layout) for layout in (BOXES, TP)),
         *(_load(WARM, UNCHECKED, ROWS, layout) for layout in LAYOUTS),
         *(_load(COLD, RAW, layout, layout) for layout in (ROWS, ONE)),
         *(

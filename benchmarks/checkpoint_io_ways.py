@@ -33,6 +33,7 @@ from checkpoint_io_turns import (
     ROWS,
     SAFETENSORS,
     SAVE,
+    STRIDED,
     TENSORSTORE,
     TORCH,
     TP,
@@ -75,6 +76,9 @@ class Worker:
             held = self._held[TARGET, layout] = hold(size, layout, rank, memory)
             memory = held.memory  # one layout is loaded at a time
         source.fill()
+        self._strided = {
+            layout: strided_pairs(source, self._held[TARGET, layout]) for layout in (BOXES, TP)
+        }
         if rank == 0:
             whole = self._held[SAVED, ONE] = self._held[TARGET, ONE] = hold(size, ONE, rank)
             whole.fill()  # loading brings the same values back
@@ -86,7 +90,7 @@ class Worker:
         it has loaded is compared.
         """
         held = self._held.get((SAVED if turn.kind == SAVE else TARGET, turn.layout))
-        check = check and turn.kind != SAVE and turn.way not in (RAW, MEMCPY)
+        check = check and turn.kind != SAVE and turn.way not in (RAW, MEMCPY, STRIDED)
         if check and held is not None:
             held.memory.fill(0)
         dist.barrier()
@@ -162,6 +166,28 @@ def memcpy(worker: Worker, held: Held, path: Path, step: int) -> None:
         np.copyto(held.memory[begin:end], held.memory[half - begin : 2 * half - begin])
 
 
+def strided_copy(worker: Worker, held: Held, path: Path, step: int) -> None:
+    """The copies that fill a layout out of row shards, from memory to memory, by NumPy."""
+    for target, source in worker._strided[held.layout]:
+        np.copyto(target, source)
+
+
+def strided_pairs(shards: Held, held: Held) -> list[tuple[np.ndarray, np.ndarray]]:
+    """What to copy where; the own row shards stand for those of all ranks: they look the same."""
+    pairs = []
+    for name, local in held.locals.items():
+        shard, box = shards.locals[name], held.boxes[name]
+        rows = len(shard)
+        inner = tuple(slice(o, o + n) for o, n in zip(box.offset[1:], box.shape[1:], strict=True))
+        for begin in range(0, held.shapes[name][0], rows):
+            lo = max(begin, box.offset[0])
+            hi = min(begin + rows, box.offset[0] + box.shape[0])
+            if lo < hi:
+                target = local[lo - box.offset[0] : hi - box.offset[0]]
+                pairs.append((target, shard[(slice(lo - begin, hi - begin), *inner)]))
+    return pairs
+
+
 def everstep_save(worker: Worker, held: Held, path: Path, step: int) -> None:
     """``Checkpointer.save``."""
     worker.checkpointer(held, path).save(step, State(model=held.module))
@@ -182,14 +208,14 @@ def everstep_unchecked(worker: Worker, held: Held, path: Path, step: int) -> Non
     packs: dict[int, np.ndarray] = {}
     for name, tensor in tensors_of(State(model=held.module)).items():
         stored, wanted = manifest.tensors[name], tensor.fragment.box
+        item_bytes, starts = stored.spec.item_bytes, manifest.starts(name)
         target = strided_bytes(tensor.local)
-        for copy in plan_load(stored.grid, stored.packs, wanted):
+        for copy in plan_load(stored.layout, stored.packs, starts, item_bytes, wanted):
             if copy.pack not in packs:
                 record = manifest.packs[copy.pack]
                 file = directory.step_path(step_id) / record.file
                 packs[copy.pack] = np.memmap(file, np.uint8, "r")[record.data_start :]
-            start, fragment = manifest.pack_indexes[copy.pack].starts[name, copy.cell.offset]
-            strides = dense_strides(copy.cell.shape, fragment.spec.item_bytes)
+            strides = dense_strides(copy.cell.shape, item_bytes)
             inside = zip(copy.box.relative_to(copy.cell), strides, strict=True)
             outside = zip(copy.box.relative_to(wanted), target.strides_bytes, strict=True)
             copy_box(
@@ -197,10 +223,10 @@ def everstep_unchecked(worker: Worker, held: Held, path: Path, step: int) -> Non
                 target.offset_bytes + sum(i * s for i, s in outside),
                 target.strides_bytes,
                 packs[copy.pack],
-                start + sum(i * s for i, s in inside),
+                copy.start + sum(i * s for i, s in inside),
                 strides,
                 copy.box.shape,
-                fragment.spec.item_bytes,
+                item_bytes,
             )
 
 
@@ -326,6 +352,7 @@ LOADS: Mapping[str, Act] = MappingProxyType(
     {
         RAW: raw_read,
         MEMCPY: memcpy,
+        STRIDED: strided_copy,
         OURS: everstep_load,
         UNCHECKED: everstep_unchecked,
         DCP: _dcp_load(FileSystemReader),

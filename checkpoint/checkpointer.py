@@ -229,17 +229,20 @@ class Checkpointer:
             return 0
         step_id = StepId(*found)
         stored: list[Manifest] = []
+        live: dict[str, LiveTensor] = {}
 
         def prepare() -> str:
             stored.append(self._directory.manifest(step_id))
-            return prepare_load(stored[0], state, wanted)
+            found, marks = prepare_load(stored[0], state, wanted)
+            live.update(found)
+            return marks
 
         with contextlib.ExitStack() as stack:
             if self._collective.rank == 0:
                 stack.enter_context(self._directory.held(step_id))
             done = agree(self._collective, "prepared", prepare)
             if not done.causes:
-                done = self._read(step_id, stored[0], state, done.results, wanted, on_bytes)
+                done = self._read(step_id, stored[0], state, live, done.results, wanted, on_bytes)
         if done.causes:
             others = [s for s in steps if s != step_id.step]
             raise LoadFailedError(step_id.step, done.causes, others) from done.error
@@ -336,6 +339,7 @@ class Checkpointer:
         step_id: StepId,
         manifest: Manifest,
         state: State,
+        live: Mapping[str, LiveTensor],
         marks: Sequence[str],
         wanted: Selection,
         on_bytes: Callable[[int], None] | None,
@@ -348,13 +352,13 @@ class Checkpointer:
 
         def tensors() -> list[LiveTensor]:
             specs = {n: t.spec for n, t in manifest.tensors.items()}
-            live = self._live_rng() if "rng" in wanted.kinds else {}
+            generators = self._live_rng() if "rng" in wanted.kinds else {}
             if dict(manifest.mesh) == self._mesh and all(
-                t.fragment.spec == specs.get(t.fragment.spec.name) for t in live.values()
+                t.fragment.spec == specs.get(t.fragment.spec.name) for t in generators.values()
             ):
-                rng.update(live)
+                rng.update(generators)
             fresh.update(object_destinations(mine, objects, specs, where))
-            found = tensors_to_fill(state, manifest, wanted=wanted, marks=marks, where=where)
+            found = tensors_to_fill(live, manifest, wanted=wanted, marks=marks, where=where)
             of_objects = [live_tensor(name, tensor) for name, tensor in fresh.items()]
             return [*found, *of_objects, *rng.values()]
 

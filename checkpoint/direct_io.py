@@ -1,6 +1,7 @@
 """Writing a large file once, from front to back, past the page cache.
 
-Bytes go through two aligned staging buffers into O_DIRECT writes of ``STAGING_BYTES``; where the
+Bytes go through two aligned staging buffers into O_DIRECT writes of ``STAGING_BYTES``, or of
+``EARLY_BYTES`` and more while there is nothing else for the disk to do; where the
 file system refuses O_DIRECT (tmpfs, some network file systems: EINVAL at open or at the first
 write) the same file is written buffered and its pages are dropped afterwards. Also the small
 durable operations of a commit: exclusive files, links that never replace, directory syncs.
@@ -20,6 +21,7 @@ import numpy as np
 import numpy.typing as npt
 
 STAGING_BYTES = 16 * 2**20
+EARLY_BYTES = 4 * 2**20
 ALIGN_BYTES = 4096
 
 ByteArray = npt.NDArray[np.uint8]
@@ -29,8 +31,9 @@ class StreamWriter:
     """A new file that is written front to back; a context manager.
 
     Fill ``space()`` and call ``advance(n)``, until ``finish()``; leaving the context without
-    ``finish()`` closes and deletes the file. A full staging buffer goes to the file in a thread
-    while another one is filled; a file that fits one buffer needs neither.
+    ``finish()`` closes and deletes the file. A staging buffer goes to the file in a thread while
+    another one is filled: when it is full, or when the thread is idle and ``EARLY_BYTES`` are
+    there. A smaller file needs neither.
 
     Raises:
         FileExistsError: the path exists already.
@@ -60,13 +63,14 @@ class StreamWriter:
             self._fd = os.open(path, flags, 0o644)
 
     def space(self) -> ByteArray:
-        """The unfilled part of the staging buffer; never empty."""
-        return self._staging[self._filled :]
+        """An unfilled part of the staging buffer; never empty."""
+        return self._staging[self._filled : self._filled + EARLY_BYTES]
 
     def advance(self, count: int) -> None:
         """Take over the first ``count`` bytes of ``space()``."""
         self._filled += count
-        if self._filled == len(self._staging):
+        idle = self._under_way is None or self._under_way.done()
+        if self._filled == len(self._staging) or (idle and self._filled >= EARLY_BYTES):
             self._flush_aside()
 
     def append(self, data: bytes | ByteArray) -> None:
@@ -95,16 +99,19 @@ class StreamWriter:
         return size
 
     def _flush_aside(self) -> None:
-        """Hand the full buffer over to the thread, and go on with the other one."""
+        """Hand the buffer over to the thread; go on with the other one and what is unaligned."""
         self._wait()
         if self._thread is None:
             self._thread = ThreadPoolExecutor(1, thread_name_prefix="everstep-write")
             self._spare = _aligned(len(self._staging))
         assert self._spare is not None
-        self._under_way = self._thread.submit(self._write, self._staging)
+        tail_bytes = self._filled % ALIGN_BYTES
+        ready_bytes = self._filled - tail_bytes
+        self._spare[:tail_bytes] = self._staging[ready_bytes : self._filled]
+        self._under_way = self._thread.submit(self._write, self._staging[:ready_bytes])
         self._staging, self._spare = self._spare, self._staging
-        self._written += self._filled
-        self._filled = 0
+        self._written += ready_bytes
+        self._filled = tail_bytes
 
     def _wait(self) -> None:
         under_way, self._under_way = self._under_way, None

@@ -34,7 +34,7 @@ from everstep.checkpoint.errors import (
 )
 from everstep.checkpoint.extents import Extent, Extents, Span
 from everstep.checkpoint.kernels import copy_box, crc32c, crc32c_blocks, gather_box_crc
-from everstep.checkpoint.layout import Box, Fragment
+from everstep.checkpoint.layout import Fragment
 from everstep.checkpoint.pack_files import map_file, read_file
 from everstep.checkpoint.store import StoreWriter
 
@@ -50,8 +50,8 @@ STORED_AS: dict[str, tuple[str, tuple[int, ...]]] = {
     "F4_X2": ("U8", ()),
 }
 """What safetensors has no dtype for -> the dtype that its entry has, and dims after its own."""
-FETCH_BLOCKS = 16
-"""Blocks that are read and verified at a time."""
+FETCH_BLOCKS = 4
+"""Blocks that are read and verified at a time: few enough to be in a cache when they are copied."""
 _MADV_POPULATE_READ = 22
 
 
@@ -296,37 +296,43 @@ class PackReader:
         if len(table) != 4 * self._blocks.n_blocks:
             raise PackHeaderError(path, "its checksum table has the wrong length")
         self._expected = np.frombuffer(table, dtype="<u4")
-        self._verified = np.zeros(len(self._expected), dtype=bool)
+        self._verified = bytearray(len(self._expected))
 
     def read_box(
-        self, fragment: Fragment, start: int, box: Box, target: StridedBytes, target_offset: int
+        self,
+        begin: int,
+        end: int,
+        strides_bytes: tuple[int, ...],
+        shape: tuple[int, ...],
+        item_bytes: int,
+        target: StridedBytes,
+        target_bytes: int = 0,
     ) -> None:
-        """Copy a box of a fragment into an array.
+        """Copy a box out of the data into an array; see ``copy_plan.BoxCopy``.
 
         Args:
-            fragment: the fragment, stored densely.
-            start: address of its first byte (see ``extents``): its byte offset in the data.
-            box: the box to copy, inside the fragment's.
+            begin: address of the first item of the box (see ``extents``): its byte offset in the
+                data.
+            end: address where its last item ends.
+            strides_bytes: of the box in the data; none is negative.
+            shape: items per dim; there is no 0.
+            item_bytes: bytes per item.
             target: the array to fill; writable.
-            target_offset: byte offset in ``target.buffer`` of the first item of ``box``.
+            target_bytes: how far from its first item the first item of the box goes.
 
         Raises:
             BlockChecksumError: a touched block is damaged; nothing was copied.
         """
-        strides = dense_strides(fragment.box.shape, fragment.spec.item_bytes)
-        inside = box.relative_to(fragment.box)
-        first = start + sum(i * s for i, s in zip(inside, strides, strict=True))
-        last = first + sum((n - 1) * s for n, s in zip(box.shape, strides, strict=True))
-        self._verify(first, last + fragment.spec.item_bytes)
+        self._verify(begin, end)
         copy_box(
             target.buffer,
-            target_offset,
+            target.offset_bytes + target_bytes,
             target.strides_bytes,
             self._bytes,
-            self._blocks.file_offset(first),
-            strides,
-            box.shape,
-            fragment.spec.item_bytes,
+            self._blocks.file_offset(begin),
+            strides_bytes,
+            shape,
+            item_bytes,
             threads=self._threads,
         )
 
@@ -336,17 +342,12 @@ class PackReader:
 
     def _verify(self, begin: int, end: int) -> None:
         first, stop = begin // BLOCK_BYTES, -(-end // BLOCK_BYTES)
-        while first < stop:
-            if self._verified[first]:
-                first += 1
-                continue
-            run = first
-            while run < min(stop, first + FETCH_BLOCKS) and not self._verified[run]:
-                run += 1
+        while (first := self._verified.find(0, first, stop)) >= 0:
+            run = self._verified.find(1, first, min(stop, first + FETCH_BLOCKS))
+            run = min(stop, first + FETCH_BLOCKS) if run < 0 else run
             for span in self._blocks.spans(first, run):
                 self._verify_span(span)
-            self._verified[first:run] = True
-            first = run
+            self._verified[first:run] = b"\1" * (run - first)
 
     def _verify_span(self, span: Span) -> None:
         self._fetch(span.offset, span.offset + span.n_bytes)

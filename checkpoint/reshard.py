@@ -106,12 +106,12 @@ def plan_load(
         return []
     return [
         CopyStep(packs[cell], starts[cell] + first_item * item_bytes, dense, box)
-        for cell, dense, first_item, box in _pieces(layout, wanted)
+        for cell, dense, first_item, box in overlaps(layout, wanted)
     ]
 
 
 @lru_cache(maxsize=256)
-def _pieces(layout: Layout, wanted: Box) -> tuple[Piece, ...]:
+def overlaps(layout: Layout, wanted: Box) -> tuple[Piece, ...]:
     """The tensors of a model have few different layouts, and a rank wants few boxes of them."""
     return tuple(layout.overlapping(wanted))
 

@@ -11,13 +11,13 @@ from types import TracebackType
 
 import numpy as np
 
+from everstep.checkpoint.copy_plan import plan_copies
 from everstep.checkpoint.direct_io import ByteArray
 from everstep.checkpoint.errors import CheckpointError
-from everstep.checkpoint.layout import Box, Fragment
+from everstep.checkpoint.layout import Box
 from everstep.checkpoint.manifest import Manifest
 from everstep.checkpoint.pack import PackReader, StridedBytes, dense_strides
 from everstep.checkpoint.ranged_read import RangedReader, Request
-from everstep.checkpoint.reshard import plan_load
 from everstep.checkpoint.store import Folder
 
 
@@ -134,13 +134,10 @@ class StepReader:
         stored = self.manifest.tensors[request.name]
         starts, item_bytes = self.manifest.starts(request.name), stored.spec.item_bytes
         target = request.target
-        for copy in plan_load(stored.layout, stored.packs, starts, item_bytes, request.box):
-            inside = copy.box.relative_to(request.box)
-            offset = target.offset_bytes + sum(
-                i * s for i, s in zip(inside, target.strides_bytes, strict=True)
-            )
-            fragment = Fragment(stored.spec, copy.cell)
-            self._pack(copy.pack).read_box(fragment, copy.start, copy.box, target, offset)
+        for pack, begin, end, strides, target_bytes, shape in plan_copies(
+            stored.layout, stored.packs, starts, item_bytes, request.box, target.strides_bytes
+        ):
+            self._pack(pack).read_box(begin, end, strides, shape, item_bytes, target, target_bytes)
 
     def _pack(self, number: int) -> PackReader:
         if number not in self._packs:

@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 from torch.distributed.tensor import DTensor, Replicate, Shard
@@ -42,7 +43,11 @@ def live_tensor(name: str, tensor: torch.Tensor) -> LiveTensor:
     if tensor.dtype not in DTYPE_NAMES:
         raise LayoutError(f"tensor {name!r}: dtype {tensor.dtype} cannot be saved")
     spec = TensorSpec(name, DTYPE_NAMES[tensor.dtype], tuple(tensor.shape))
-    local = (tensor.to_local() if isinstance(tensor, DTensor) else tensor).detach()
+    if isinstance(tensor, DTensor):
+        with torch.no_grad():  # else autograd is told of the local tensor, which takes long
+            local = tensor.to_local().detach()
+    else:
+        local = tensor.detach()
     _check_bytes(name, local)
     if not isinstance(tensor, DTensor):
         return LiveTensor(Fragment(spec, spec.whole), local)
@@ -51,7 +56,7 @@ def live_tensor(name: str, tensor: torch.Tensor) -> LiveTensor:
     if coordinate is None:  # on a mesh of other ranks: this one holds nothing of it
         nothing = (0,) * max(1, len(spec.shape))
         return LiveTensor(Fragment(spec, Box(nothing, nothing)), local)
-    box = intervals(spec.shape, tuple(tensor.placements), tuple(mesh.shape), tuple(coordinate))
+    box = _intervals(spec.shape, tuple(mesh.shape), tuple(coordinate), *tensor.placements)
     if box.shape != tuple(local.shape) and (box.size or local.numel()):
         raise LayoutError(
             f"tensor {name!r} of shape {spec.shape} with placements {tensor.placements} on mesh "
@@ -116,6 +121,17 @@ def intervals(
         lo, hi = chunk_interval(end[dim] - begin[dim], mesh_shape[axis], coordinate[axis])
         begin[dim], end[dim] = begin[dim] + lo, begin[dim] + hi
     return Box(tuple(begin), tuple(e - b for b, e in zip(begin, end, strict=True)))
+
+
+@lru_cache(maxsize=1024, typed=True)  # placements of different types may be equal
+def _intervals(
+    shape: tuple[int, ...],
+    mesh_shape: tuple[int, ...],
+    coordinate: tuple[int, ...],
+    *placements: Placement,
+) -> Box:
+    """See ``intervals``; the tensors of a model are cut in few ways."""
+    return intervals(shape, placements, mesh_shape, coordinate)
 
 
 def strided_bytes(tensor: torch.Tensor) -> StridedBytes:

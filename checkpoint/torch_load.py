@@ -1,6 +1,6 @@
 """Loading: which parts of a checkpoint are wanted, and how they get into the live state."""
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -66,16 +66,19 @@ def selection(include: Iterable[str] | None) -> Selection:
     return Selection(kinds)
 
 
-def prepare_load(manifest: Manifest, state: State, wanted: Selection) -> str:
-    """Makes the optimizer's tensors; says which of the stored ones this rank holds."""
+def prepare_load(
+    manifest: Manifest, state: State, wanted: Selection
+) -> tuple[dict[str, LiveTensor], str]:
+    """Makes the optimizer's tensors; the wanted ones, and which of the stored ones they are."""
     specs = wanted.specs(manifest)
     if "optimizer" in wanted.kinds:
         materialise_optimizer(state, specs)
-    return mark_held(wanted.tensors(state), specs)
+    live = wanted.tensors(state)
+    return live, mark_held(live, specs)
 
 
 def tensors_to_fill(
-    state: State,
+    live: Mapping[str, LiveTensor],
     manifest: Manifest,
     *,
     wanted: Selection,
@@ -87,7 +90,7 @@ def tensors_to_fill(
     Raises:
         StateMismatchError: the checkpoint does not hold what this run has.
     """
-    specs, live = wanted.specs(manifest), wanted.tensors(state)
+    specs = wanted.specs(manifest)
     needed = held_nowhere(specs, marks) | live.keys()  # the others are another rank's
     differences = layout_differences(
         {n: (t.fragment.spec.dtype, t.fragment.spec.shape) for n, t in live.items()},

@@ -23,7 +23,9 @@ from everstep.checkpoint.manifest import (
 )
 from everstep.checkpoint.pack import PackReader, StridedBytes, plan_pack, write_pack
 from everstep.checkpoint.reshard import plan_load, plan_save
+from everstep.checkpoint.step_reader import StepReader
 from tests.support.fragments import grid_of
+from tests.support.packs import read_box
 from tests.support.shards import MeshLayout, by_chunks, mesh_layouts
 
 
@@ -137,6 +139,13 @@ def test_any_box_comes_back_bit_for_bit(data: st.DataObject) -> None:
             target = np.zeros(box.shape, dtype=dtype[1])
             _fill(Path(folder), manifest, box, target)
             assert target.tobytes() == whole[_slices(box)].tobytes()
+            spread = np.zeros([2 * n for n in box.shape], dtype=dtype[1])
+            sparse = StridedBytes(
+                spread.reshape(-1).view(np.uint8), 0, tuple(2 * s for s in spread.strides)
+            )
+            with StepReader(Path(folder), manifest) as reader:
+                reader.fill("t", box, sparse)
+            assert spread[tuple([np.s_[::2]] * len(box.shape))].tobytes() == target.tobytes()
 
 
 def _random_boxes(data: st.DataObject, shape: tuple[int, ...]) -> list[Box]:
@@ -160,5 +169,5 @@ def _fill(folder: Path, manifest: Manifest, box: Box, target: npt.NDArray[Any]) 
         offset = sum(i * s for i, s in zip(inside.offset, target.strides, strict=True))
         with PackReader(folder / f"p{copy.pack}", manifest.packs[copy.pack]) as reader:
             cell = Fragment(stored.spec, copy.cell)
-            reader.read_box(cell, copy.start, copy.box, _bytes_of(target), offset)
+            read_box(reader, cell, copy.start, copy.box, _bytes_of(target), offset)
     assert (count == 1).all()

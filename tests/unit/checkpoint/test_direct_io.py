@@ -87,6 +87,24 @@ def test_space_is_filled_in_place(tmp_path: Path) -> None:
     assert [content.count(value) for value in range(5)] == [1500, 1500, 1096, 1500, 1500]
 
 
+@pytest.mark.parametrize("early", [1, ALIGN_BYTES, 3 * ALIGN_BYTES])
+def test_what_is_there_goes_to_an_idle_disk_before_the_buffer_is_full(
+    tmp_path: Path, file_system: str, monkeypatch: pytest.MonkeyPatch, early: int
+) -> None:
+    monkeypatch.setattr(direct_io, "EARLY_BYTES", early)
+    data = np.random.default_rng(0).integers(0, 256, 100_003, dtype=np.uint8)
+    done = 0
+    with StreamWriter(tmp_path / "f", staging_bytes=4 * ALIGN_BYTES) as out:
+        while done < len(data):
+            space = out.space()
+            n = min(len(space), 1777, len(data) - done)
+            space[:n] = data[done : done + n]
+            out.advance(n)
+            done += n
+        assert out.finish() == len(data)
+    assert (tmp_path / "f").read_bytes() == data.tobytes()
+
+
 def test_an_existing_file_is_never_touched(tmp_path: Path, file_system: str) -> None:
     (tmp_path / "f").write_text("mine")
     with pytest.raises(FileExistsError):

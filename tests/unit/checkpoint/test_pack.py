@@ -27,6 +27,7 @@ from everstep.checkpoint.pack import (
 )
 from everstep.checkpoint.torch_layout import DTYPES, strided_bytes
 from tests.support.fragments import flat_fragment
+from tests.support.packs import read_box
 
 pytestmark = pytest.mark.filterwarnings("ignore:ComplexHalf support is experimental:UserWarning")
 
@@ -193,7 +194,7 @@ def _read(reader: PackReader, tensors: Tensors, fragment: Fragment, box: Box) ->
     plan = plan_pack(2, tensors)
     target = torch.zeros(box.shape, dtype=DTYPES[fragment.spec.dtype])
     start = plan.starts[plan.fragments.index(fragment)]
-    reader.read_box(fragment, start, box, strided_bytes(target), 0)
+    read_box(reader, fragment, start, box, strided_bytes(target))
     return target
 
 
@@ -241,7 +242,7 @@ def test_nothing_is_copied_from_a_damaged_block(tmp_path: Path) -> None:
     (tmp_path / "p").write_bytes(damaged)
     target = torch.zeros(100, dtype=torch.uint8)
     with PackReader(tmp_path / "p", record) as reader, pytest.raises(BlockChecksumError):
-        reader.read_box(fragment, 0, fragment.box, strided_bytes(target), 0)
+        read_box(reader, fragment, 0, fragment.box, strided_bytes(target))
     assert not target.any()
 
 
