@@ -155,6 +155,12 @@ def find_place(
     return None
 
 
+def without_step(text: str) -> str:
+    """What is before ``@N`` at the end of a place; the text itself where that is not there."""
+    match = _AT_STEP.fullmatch(text)
+    return match[1] if match else text
+
+
 def _at_step(text: str, step: int | None) -> tuple[str, int | None]:
     """What is before ``@N``, and N, if that is how the text ends; raises PlaceError."""
     match = _AT_STEP.fullmatch(text)

@@ -184,6 +184,10 @@ def _check_inputs(config: RunConfig, folder: Path, files: Sequence[StagedFile]) 
     names = {file.name for file in files}
     for key, text in relative_inputs(config):
         exists = (folder / text).exists()
+        if not exists and key == "model.init_from":
+            from everstep.checkpoint.open_place import without_step
+
+            text = without_step(text)
         matches = [text] if exists else glob.glob(text, root_dir=folder, recursive=True)
         check_input(key, text, matches, names)
 

@@ -92,7 +92,7 @@ def test_submit_follows_to_the_end(
     server: FakeJobServer, project: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     server.outputs["job-x"] = "step 5/5\neverstep job ended with exit code 0\n"
-    assert submit("--id", "job-x") == 0
+    assert submit("--id", "job-x", "model.init_from=text@3") == 0
     assert words(capsys)[0].splitlines()[1:] == ["step 5/5", "job-x: done"]
 
 
@@ -103,6 +103,7 @@ def test_submit_follows_to_the_end(
         (["--resume", "latest"], 2, "--resume: got 'latest'"),
         (["--nproc", "3", "mesh.dp_shard=2"], 2, "the mesh"),
         (["data.source=../x"], 2, "outside of the folder"),
+        (["model.init_from=none@3"], 2, "there is no 'none' in the folder that is sent"),
         (["--exclude", "text"], 2, "is left out of what is sent"),
         (["--env", "NOT_SET_HERE"], 2, "--env NOT_SET_HERE"),
         (["--id", "a/b"], 2, "--id 'a/b'"),
