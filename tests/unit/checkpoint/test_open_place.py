@@ -5,6 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from fsspec.registry import _registry
 
 from everstep.checkpoint.commit import CheckpointDirectory
 from everstep.checkpoint.errors import CheckpointError, StepNotFoundError
@@ -72,6 +73,7 @@ def test_folders_of_others_are_no_places(tmp_path: Path) -> None:
 
 
 def test_a_url_whose_package_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delitem(_registry, "s3", raising=False)  # imported by another test
     monkeypatch.setitem(sys.modules, "s3fs", None)
     with pytest.raises(CheckpointError, match="everstep\\[s3\\]"):
         find_place("s3://bucket/run")
