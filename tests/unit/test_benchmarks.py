@@ -65,6 +65,7 @@ def test_ratios_of_the_data_benchmark_are_of_neighbouring_turns() -> None:
     assert quartiles == [0.5, 1.0, 2.0]
 
 
+@pytest.mark.slow
 def test_the_checkpoint_benchmark_measures_every_way_and_checks_what_it_loads(
     tmp_path: Path,
 ) -> None:
