@@ -100,23 +100,14 @@ def _hold(
     return Holding(_layout(shape, holders), shares)
 
 
-def layout_of(spec: TensorSpec, fragments: Iterable[Fragment]) -> Layout:
-    """The layout that fragments of a tensor form; the same fragment may be given several times.
+def _layout(shape: tuple[int, ...], cells: Collection[tuple[Box, bool]]) -> Layout:
+    """The layout that distinct cells form: a grid where they can, else boxes, or flat ranges.
 
-    A grid where they are the cells of one, else a list of boxes, or flat ranges. Empty fragments
-    do not count; an empty tensor has no others.
+    Empty ones do not count; an empty tensor has no others.
 
     Raises:
-        LayoutError: they leave a hole, overlap, or are in part boxes and in part flat ranges.
+        ValueError: they leave a hole, overlap, or are in part boxes and in part flat ranges.
     """
-    try:
-        return _layout(spec.shape, {f[1:] for f in fragments})
-    except ValueError as e:
-        raise LayoutError(f"tensor {spec.name!r} of shape {spec.shape}: {e}") from None
-
-
-def _layout(shape: tuple[int, ...], cells: Collection[tuple[Box, bool]]) -> Layout:
-    """As ``layout_of``, of distinct cells, raising ValueError."""
     if not math.prod(shape):
         return Grid(tuple((0, n) if n else (0,) for n in shape))
     ordered = sorted(box for box, _ in cells if box.size)

@@ -1,9 +1,9 @@
 """Copies and checksums of bytes, in native code that releases the interpreter lock.
 
 Every function has a slow twin of the same signature in `kernels_reference`. Byte buffers are
-one-dimensional arrays of uint8 (`as_bytes` makes one of anything); sources may be objects of bytes
-and read-only, as a mapped file is. All arguments are checked before the first byte is touched: a
-ValueError says which one is wrong, a TypeError that a buffer has another type or shape.
+one-dimensional arrays of uint8; sources may be objects of bytes and read-only, as a mapped file is.
+All arguments are checked before the first byte is touched: a ValueError says which one is wrong, a
+TypeError that a buffer has another type or shape.
 
 A *box* is an n-dimensional region of a buffer: an offset, one stride per dimension, a shape, an
 item size, all but the shape in bytes. Strides may be negative, and zero in a source.
@@ -13,7 +13,6 @@ processor; `EVERSTEP_AVX512_KERNELS=0` keeps AVX-512 unused.
 """
 
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -27,25 +26,6 @@ ByteSource = bytes | bytearray | memoryview | NDArray[np.uint8]
 def implementations() -> dict[str, str]:
     """Which implementation each kernel uses on this machine, by kernel name."""
     return _native.kernels()
-
-
-def as_bytes(buffer: Any) -> NDArray[np.uint8]:
-    """The memory of a C-contiguous buffer (bytes, memoryview, mmap, array, …) as uint8, not copied.
-
-    The result is read-only exactly when the buffer is. Raises BufferError or ValueError when the
-    buffer is not C-contiguous.
-    """
-    if isinstance(buffer, np.ndarray):
-        if not buffer.flags.c_contiguous:
-            raise ValueError(
-                f"an array of shape {buffer.shape} with strides {buffer.strides} is not "
-                f"C-contiguous; pass the array that owns its memory, or a copy"
-            )
-        return buffer.reshape(-1).view(np.uint8)
-    view = memoryview(buffer)
-    if view.nbytes == 0:
-        return np.empty(0, np.uint8)
-    return np.frombuffer(view.cast("B"), np.uint8)
 
 
 def crc32c(data: ByteSource, seed: int = 0) -> int:

@@ -3,13 +3,19 @@
 import math
 from collections.abc import Iterable
 
-from everstep.checkpoint.coverage import layout_of
-from everstep.checkpoint.layout import Box, Fragment, Grid, TensorSpec
+from everstep.checkpoint.coverage import holdings
+from everstep.checkpoint.layout import Box, Fragment, Grid, Layout, TensorSpec
+
+
+def layout_of(fragments: Iterable[Fragment]) -> Layout:
+    """The layout that fragments of one tensor form; raises LayoutError."""
+    [(_, _, holding)] = holdings([fragments])
+    return holding.layout
 
 
 def grid_of(spec: TensorSpec, boxes: Iterable[Box]) -> Grid:
     """The grid that boxes form; anything else is an error."""
-    layout = layout_of(spec, (Fragment(spec, box) for box in boxes))
+    layout = layout_of(Fragment(spec, box) for box in boxes)
     assert isinstance(layout, Grid)
     return layout
 

@@ -4,7 +4,7 @@ import time
 
 import pytest
 
-from everstep.checkpoint.coverage import check_boxes, holdings, layout_of
+from everstep.checkpoint.coverage import check_boxes, holdings
 from everstep.checkpoint.errors import LayoutError
 from everstep.checkpoint.layout import (
     Box,
@@ -14,7 +14,7 @@ from everstep.checkpoint.layout import (
     Grid,
     TensorSpec,
 )
-from tests.support.fragments import flat_fragment
+from tests.support.fragments import flat_fragment, layout_of
 
 SPEC = TensorSpec("w", "F32", (4, 5))
 HALVES = [Box((0, 0), (2, 5)), Box((2, 0), (2, 5))]
@@ -26,18 +26,18 @@ def _fragments(boxes: list[Box]) -> list[Fragment]:
 
 
 def test_the_simplest_form_is_chosen() -> None:
-    assert layout_of(SPEC, _fragments(HALVES)) == Grid(((0, 2, 4), (0, 5)))
-    assert layout_of(SPEC, _fragments(UNEVEN[::-1])) == Boxes(tuple(UNEVEN))
+    assert layout_of(_fragments(HALVES)) == Grid(((0, 2, 4), (0, 5)))
+    assert layout_of(_fragments(UNEVEN[::-1])) == Boxes(tuple(UNEVEN))
     flat = [flat_fragment(SPEC, 7, 20), flat_fragment(SPEC, 0, 7), flat_fragment(SPEC, 7, 20)]
-    assert layout_of(SPEC, flat) == FlatRanges((4, 5), (0, 7, 20))
+    assert layout_of(flat) == FlatRanges((4, 5), (0, 7, 20))
     empty = TensorSpec("e", "F32", (0, 5))
-    assert layout_of(empty, [Fragment(empty, empty.whole)]) == Grid(((0,), (0, 5)))
+    assert layout_of([Fragment(empty, empty.whole)]) == Grid(((0,), (0, 5)))
 
 
 @pytest.mark.parametrize(
     ("boxes", "says"),
     [
-        ([], "nothing of it is held"),
+        ([Box((4, 0), (0, 5))], "nothing of it is held"),
         (UNEVEN[:2], r"item \[2, 2\] is held by 0 of its boxes"),
         (UNEVEN[1:], r"item \[0, 0\] is held by 0 of its boxes"),
         ([*UNEVEN, Box((3, 4), (1, 1))], r"item \[3, 4\] is held by 2 of its boxes"),
@@ -48,7 +48,7 @@ def test_the_simplest_form_is_chosen() -> None:
 )
 def test_boxes_with_holes_and_overlaps(boxes: list[Box], says: str) -> None:
     with pytest.raises(LayoutError, match=rf"tensor 'w' of shape \(4, 5\): .*{says}"):
-        layout_of(SPEC, _fragments(boxes))
+        layout_of(_fragments(boxes))
 
 
 @pytest.mark.parametrize(
@@ -62,12 +62,12 @@ def test_boxes_with_holes_and_overlaps(boxes: list[Box], says: str) -> None:
 )
 def test_flat_ranges_with_holes_and_overlaps(ranges: list[tuple[int, int]], says: str) -> None:
     with pytest.raises(LayoutError, match=f"'w'.*{says}"):
-        layout_of(SPEC, [flat_fragment(SPEC, *r) for r in ranges])
+        layout_of([flat_fragment(SPEC, *r) for r in ranges])
 
 
 def test_boxes_and_flat_ranges_of_one_tensor_are_refused() -> None:
     with pytest.raises(LayoutError, match="as boxes by some ranks and as flat ranges by others"):
-        layout_of(SPEC, [flat_fragment(SPEC, 0, 10), Fragment(SPEC, HALVES[1])])
+        layout_of([flat_fragment(SPEC, 0, 10), Fragment(SPEC, HALVES[1])])
 
 
 def test_one_tensor_cut_differently_by_two_meshes_is_refused() -> None:

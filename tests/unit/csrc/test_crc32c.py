@@ -117,18 +117,6 @@ def test_other_types_are_refused_rather_than_copied() -> None:
         kernels.crc32c_blocks(bytes(10), 10, out=read_only)
 
 
-def test_as_bytes_shares_memory_and_keeps_read_only() -> None:
-    array = np.arange(6, dtype=np.float32).reshape(2, 3)
-    view = kernels.as_bytes(array)
-    assert view.shape == (24,)
-    assert np.shares_memory(view, array)
-    assert kernels.as_bytes(bytearray(5)).flags.writeable
-    assert not kernels.as_bytes(b"12345").flags.writeable
-    assert kernels.as_bytes(b"").shape == (0,)
-    with pytest.raises(ValueError, match="not C-contiguous"):
-        kernels.as_bytes(array.T)
-
-
 def test_the_interpreter_runs_on_meanwhile() -> None:
     data = np.zeros(64 * MIB, np.uint8)
     interval_s = sys.getswitchinterval()
