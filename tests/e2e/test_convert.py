@@ -19,6 +19,7 @@ def eval_loss(run_dir: Path) -> float:
     return float(cli.metrics(run_dir)[-1]["eval_loss"])
 
 
+@pytest.mark.slow
 @pytest.mark.multiproc
 @pytest.mark.timeout(300)
 def test_training_goes_on_from_an_export(small_run: Path) -> None:

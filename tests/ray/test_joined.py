@@ -79,6 +79,7 @@ def assert_scraped(joined: RayCluster, name: str) -> None:
     assert cli.wait_until(found, 60), [re.findall("ray_everstep.*", text) for text in texts]
 
 
+@pytest.mark.slow
 def test_killed_twice_it_goes_on_bit_for_bit(
     ray_nodes: OwnRay, joined_ray: RayCluster, small_run: Path
 ) -> None:

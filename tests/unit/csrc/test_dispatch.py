@@ -57,7 +57,11 @@ def test_avx512_can_be_left_unused() -> None:
 
 
 @pytest.mark.parametrize(
-    ("switch", "value"), [("EVERSTEP_PORTABLE_KERNELS", "1"), ("EVERSTEP_AVX512_KERNELS", "0")]
+    ("switch", "value"),
+    [
+        ("EVERSTEP_PORTABLE_KERNELS", "1"),
+        pytest.param("EVERSTEP_AVX512_KERNELS", "0", marks=pytest.mark.slow),
+    ],
 )
 def test_other_implementations_pass_the_same_tests(switch: str, value: str) -> None:
     here = Path(__file__)
