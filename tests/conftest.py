@@ -3,15 +3,25 @@
 A Ray cluster, an S3 server.
 """
 
+import os
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 import pytest
+from hypothesis import HealthCheck, settings
 
 if TYPE_CHECKING:
     from everstep.cluster.ray_cluster import RayCluster
     from everstep.cluster.ray_nodes import OwnRay
     from tests.support.s3_server import S3Server
+
+# a busy machine is no defect
+settings.register_profile(
+    "everstep", deadline=None, suppress_health_check=[HealthCheck.too_slow], print_blob=True
+)
+settings.load_profile("everstep")
+for _name in ("no_proxy", "NO_PROXY"):  # the servers of tests are on this host
+    os.environ[_name] = ",".join(filter(None, [os.environ.get(_name), "127.0.0.1", "localhost"]))
 
 
 @pytest.fixture(scope="session")

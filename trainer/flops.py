@@ -63,9 +63,7 @@ def training_flops_per_token(shape: ModelShape, seq_len: int) -> float:
     table is no product; the head is one, tied or not), and 12 x layers x width of all query heads
     x ``seq_len`` for attention scores and their use.
     """
-    attention = 2 * shape.dim * shape.head_dim * (shape.heads + shape.kv_heads)
-    weights = shape.layers * (attention + 3 * shape.dim * shape.ffn_dim)
-    weights += shape.vocab_size * shape.dim
+    weights = shape.layers * shape.layer_matrices + shape.vocab_size * shape.dim
     return 6.0 * weights + 12.0 * shape.layers * shape.heads * shape.head_dim * seq_len
 
 

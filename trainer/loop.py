@@ -86,7 +86,7 @@ def train(run: Run) -> bool:
             "loss": loss,
             "lr": lr,
             "grad_norm": grad_norm,
-            "tokens": step * tokens_per_step,
+            "tokens": run.stream.position * config.data.seq_len,
             "step_time_s": step_time_s,
             **run.meter.measure(step_time_s),
         }

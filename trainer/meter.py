@@ -1,4 +1,4 @@
-"""Speed and memory of a rank, step by step, at the cost of a few microseconds."""
+"""Speed and memory of a rank, step by step."""
 
 import resource
 import statistics

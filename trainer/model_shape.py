@@ -23,10 +23,15 @@ class ModelShape:
     tie_embeddings: bool
 
     @property
+    def layer_matrices(self) -> int:
+        """Weights in the matrices of one layer."""
+        attention = 2 * self.dim * self.head_dim * (self.heads + self.kv_heads)
+        return attention + 3 * self.dim * self.ffn_dim
+
+    @property
     def parameters(self) -> int:
         """Number of parameters; tied embeddings count once."""
-        attention = 2 * self.dim * self.head_dim * (self.heads + self.kv_heads)
-        block = attention + 3 * self.dim * self.ffn_dim + 2 * self.dim
+        block = self.layer_matrices + 2 * self.dim
         embeddings = self.vocab_size * self.dim * (1 if self.tie_embeddings else 2)
         return self.layers * block + self.dim + embeddings
 

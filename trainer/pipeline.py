@@ -106,6 +106,8 @@ class Pipeline:
         try:
             for batch in in_flight(batches, self._transfer):
                 logits_BLV = self._forward(batch.tokens_BL, batch.sample_B, sent)
+                while len(sent) > self._n_stages:  # what was sent keeps its memory until then
+                    sent.pop(0).wait()
                 if logits_BLV is not None:
                     total[0] += token_loss_sum(logits_BLV, batch.targets_BL)
                     total[1] += batch.targets_BL.numel()

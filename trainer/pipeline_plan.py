@@ -50,9 +50,8 @@ def head_in_layers(shape: ModelShape, seq_len: int) -> float:
 
     The embedding is a lookup and costs nothing in comparison.
     """
-    attention = 2 * shape.dim * shape.head_dim * (shape.heads + shape.kv_heads)
     scores = seq_len * shape.heads * shape.head_dim  # causal: half of the keys, keys and values
-    return shape.vocab_size * shape.dim / (attention + scores + 3 * shape.dim * shape.ffn_dim)
+    return shape.vocab_size * shape.dim / (shape.layer_matrices + scores)
 
 
 def split_layers(layers: int, stages: int, head: float) -> list[range]:

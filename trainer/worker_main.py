@@ -248,7 +248,7 @@ def _resume(
             )
         return None
     step = None if spec.resume == "auto" else int(spec.resume)
-    steps = checkpointer.steps()
+    steps = checkpointer.steps() if spec.rank == 0 else []  # only rank 0 tells of them
     told = transfer_teller(say, "loading a checkpoint")
     checkpointer.load(engine.state(stream), step, on_bytes=told)
     info = checkpointer.loaded

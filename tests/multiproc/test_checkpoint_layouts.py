@@ -32,7 +32,7 @@ from tests.support.format_reader import read_checkpoint
 from tests.support.logical import digest, logical_digests
 from tests.support.spawn import RankError, run_ranks
 
-pytestmark = pytest.mark.multiproc
+pytestmark = [pytest.mark.multiproc, pytest.mark.timeout(300)]
 
 VOCAB = 130
 

@@ -17,7 +17,7 @@ from everstep.checkpoint.torch_state import State
 from tests.support.checkpoints import Counter
 from tests.support.spawn import run_ranks
 
-pytestmark = pytest.mark.multiproc
+pytestmark = [pytest.mark.multiproc, pytest.mark.timeout(300)]
 
 EXPERTS = 6
 Digests = dict[str, bytes]

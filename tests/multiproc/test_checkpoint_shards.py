@@ -29,7 +29,7 @@ from everstep.checkpoint.torch_state import named_tensors
 from tests.support.fragments import grid_of
 from tests.support.spawn import run_ranks
 
-pytestmark = pytest.mark.multiproc
+pytestmark = [pytest.mark.multiproc, pytest.mark.timeout(300)]
 
 SIZES = (1, 2, 3, 5, 7, 10, 13, 64, 1001)
 

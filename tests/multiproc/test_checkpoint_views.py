@@ -19,7 +19,7 @@ from tests.support.foreign import run_foreign
 from tests.support.spawn import run_ranks
 from tests.support.view_programs import definitions
 
-pytestmark = pytest.mark.multiproc
+pytestmark = [pytest.mark.multiproc, pytest.mark.timeout(300)]
 
 PLACED: dict[str, tuple[tuple[int, ...], torch.dtype, list[Placement]]] = {
     "rows": ((13, 3), torch.float32, [Shard(0), Shard(0)]),  # 4, 3, 3, 3

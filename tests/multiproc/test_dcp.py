@@ -43,6 +43,7 @@ from tests.support.spawn import RankError, run_ranks
 
 pytestmark = [
     pytest.mark.multiproc,
+    pytest.mark.timeout(300),
     pytest.mark.filterwarnings("ignore:torch.distributed is "),
 ]
 

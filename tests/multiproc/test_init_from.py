@@ -28,7 +28,7 @@ from everstep.trainer.mesh_shape import MeshShape, settle_micro_batch
 from tests.support.corpora import counting_corpus
 from tests.support.spawn import run_ranks
 
-pytestmark = pytest.mark.multiproc
+pytestmark = [pytest.mark.multiproc, pytest.mark.timeout(300)]
 
 VOCAB = 130
 TOKENS = 12 * 8

@@ -21,7 +21,7 @@ from everstep.trainer.sample import generate, logits_at
 from tests.support.spawn import RankError, run_ranks
 from tests.support.training import SEQ_LEN, VOCAB, TinyResult, TinyRun, train_tiny
 
-pytestmark = pytest.mark.multiproc
+pytestmark = [pytest.mark.multiproc, pytest.mark.timeout(300)]
 
 RECOMPUTE = ParallelConfig(activation_checkpointing=True)
 BF16 = ParallelConfig(precision="bf16")

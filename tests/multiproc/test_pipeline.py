@@ -11,7 +11,7 @@ from tests.support.pipelines import PipelineResult, PipelineRun, train_pipeline
 from tests.support.spawn import RankError, run_ranks
 from tests.support.training import TinyRun
 
-pytestmark = pytest.mark.multiproc
+pytestmark = [pytest.mark.multiproc, pytest.mark.timeout(300)]
 
 INTERLEAVED = {"pipeline_schedule": "interleaved"}
 ZERO_BUBBLE = {"pipeline_schedule": "zero_bubble"}

@@ -13,7 +13,7 @@ import torch.distributed as dist
 
 from tests.support.spawn import RankError, run_ranks
 
-pytestmark = pytest.mark.multiproc
+pytestmark = [pytest.mark.multiproc, pytest.mark.timeout(300)]
 
 
 def _sum_of_ranks(rank: int, world_size: int, scale: float) -> tuple[float, int]:

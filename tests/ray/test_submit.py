@@ -81,7 +81,7 @@ def test_submit_follow_stop_and_submit_again_is_one_uninterrupted_run(
     project: Path, tmp_path: Path, variables: Mapping[str, str]
 ) -> None:
     run_dir = tmp_path / "submitted"
-    slow = submit(run_dir, "--env", "SLOW_S=0.7", "--id", "first")
+    slow = submit(run_dir, "--env", "SLOW_S=3", "--id", "first")
     with cli.command(*slow, cwd=project, variables=variables) as followed:
         assert cli.wait_until(
             lambda: len(cli.metrics(run_dir)) >= 2 or followed.process.poll() is not None,

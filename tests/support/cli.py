@@ -85,7 +85,7 @@ class Command:
                 continue
         self.process.wait()
 
-    def assert_nothing_left(self, within_s: float = 10.0) -> None:
+    def assert_nothing_left(self, within_s: float = 40.0) -> None:
         """No process of it may be left, at the latest after a moment."""
         if not wait_until(lambda: not self.alive(), within_s):
             raise AssertionError(f"left behind: {self.alive()}\n{self.output}")

@@ -222,7 +222,7 @@ class _Checker:
         """SHA-256 of a file, and the largest of the tokens in it."""
         stamp, trusted = _LOCAL.stamp(str(path))
         known = self._known.get(str(path))
-        if known is not None and known[0] == stamp:
+        if known is not None and known[0] == stamp and (known[2] >= 0 or not array.size):
             self._meter.advance(stamp[0], False)
             sha256, largest = known[1:]
         else:

@@ -80,10 +80,10 @@ def test_boxes_in_more_dims_than_can_be_checked_are_refused_at_once() -> None:
     dims = 30
     shape = (2,) * dims
     boxes = [Box((0,) * dims, (1,) * dims), Box((1,) * dims, (1,) * dims)]
-    begun_s = time.monotonic()
+    begun_s = time.process_time()
     with pytest.raises(ValueError, match="cut 30 dims"):
         check_boxes(shape, boxes)
-    assert time.monotonic() - begun_s < 2
+    assert time.process_time() - begun_s < 2
 
 
 def test_many_boxes_are_checked_in_little_time() -> None:

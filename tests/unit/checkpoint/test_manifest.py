@@ -341,14 +341,14 @@ def test_a_defect_in_a_part_is_a_named_error(edit: Callable[[dict[str, Any]], No
 def test_bombs_are_refused_in_little_memory_and_time(tensor: dict[str, Any]) -> None:
     edit = _put("tensors", {f"t{i}": {"dtype": "U8", **tensor} for i in range(100)})
     data = _edited(encode_manifest(_manifest()), "everstep_manifest", edit)
-    begun_s = time.monotonic()
+    begun_s = time.process_time()
     tracemalloc.start()
     with pytest.raises(ManifestError):
         decode_manifest(data, "m")
     peak_bytes = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert peak_bytes < 2**22
-    assert time.monotonic() - begun_s < 2
+    assert time.process_time() - begun_s < 2
 
 
 def test_many_tensors_in_many_packs_stay_bounded() -> None:
