@@ -31,6 +31,7 @@ from everstep.checkpoint.lineage import StepId
 from everstep.checkpoint.manifest import Manifest, Part
 from everstep.checkpoint.optimizer_parts import digest_values
 from everstep.checkpoint.ownership import Ownership
+from everstep.checkpoint.plain_json import Json
 from everstep.checkpoint.producer import producer
 from everstep.checkpoint.save_plan import SavePlan
 from everstep.checkpoint.step_keys import step_key
@@ -50,9 +51,8 @@ from everstep.checkpoint.torch_state import (
     State,
     load_objects,
     object_destinations,
-    object_tensors,
-    objects_of,
     optimizer_of,
+    split_objects,
     tensors_of,
 )
 
@@ -155,8 +155,9 @@ class Checkpointer:
         context: dict[str, Any] = {}
 
         def capture() -> list[str]:
-            live.update(self._capture(state))
-            context.update(self._context(state))
+            objects, of_objects = split_objects(state)
+            live.update(self._capture(state, of_objects))
+            context.update(self._context(state, objects))
             return [self._plan.digest(list(live)), digest_values(context.get("optimizer"))]
 
         captured = agree(self._collective, "captured", capture)
@@ -289,9 +290,10 @@ class Checkpointer:
                 "load() an earlier step to continue from there"
             )
 
-    def _capture(self, state: State) -> dict[Fragment, LiveTensor]:
+    def _capture(
+        self, state: State, of_objects: Mapping[str, LiveTensor]
+    ) -> dict[Fragment, LiveTensor]:
         """What this rank holds; an empty shard of a tensor is nothing, an empty tensor is."""
-        of_objects = object_tensors(state)
         found = [*tensors_of(state).values(), *of_objects.values(), *self._live_rng().values()]
         return {
             t.fragment: t for t in found if t.fragment.box.size or not t.fragment.spec.size_bytes
@@ -303,12 +305,12 @@ class Checkpointer:
             for name, value in rng_states().items()
         }
 
-    def _context(self, state: State) -> dict[str, Any]:
+    def _context(self, state: State, objects: Mapping[str, Json]) -> dict[str, Any]:
         optimizer = optimizer_of(state)
         if self._collective.rank != 0:
             return optimizer
-        versions, objects = producer(torch=torch.__version__), objects_of(state)
-        return {"mesh": self._mesh, "producer": versions, "objects": objects, **optimizer}
+        versions = producer(torch=torch.__version__)
+        return {"mesh": self._mesh, "producer": versions, "objects": dict(objects), **optimizer}
 
     def _write(
         self,

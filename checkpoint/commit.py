@@ -329,8 +329,9 @@ class CheckpointDirectory:
         steps = steps_in(self.store)
         committed = [s for s in steps if is_committed(self.store, s)]
         garbage = sorted(set(steps) - set(committed))
-        if isinstance(self.store, LocalStore):
-            self.store.clear_temporaries(GENERATIONS)
+        if self.has_lock:
+            if isinstance(self.store, LocalStore):
+                self.store.clear_temporaries(GENERATIONS)
         elif garbage:
             garbage = abandoned(
                 garbage,

@@ -138,9 +138,10 @@ class RangedReader:
         """
         record = self.manifest.packs[window.pack]
         spans = list(record.blocks.spans(window.begin, window.end))
-        if len(spans) == 1:
-            return self._read(record.file, spans[0].offset, spans[0].n_bytes)
-        data = np.zeros(self.window_bytes(window), np.uint8)
+        size_bytes = self.window_bytes(window)
+        if len(spans) == 1 and spans[0].n_bytes == size_bytes:
+            return self._read(record.file, spans[0].offset, size_bytes)
+        data = np.zeros(size_bytes, np.uint8)
         for span in spans:
             at = (span.block - window.begin) * BLOCK_BYTES
             data[at : at + span.n_bytes] = self._read(record.file, span.offset, span.n_bytes)

@@ -120,7 +120,7 @@ class SharedRead:
             try:
                 sealed[:-1] = self._reader.fetch(window)
                 sealed[-1] = 1
-            except (CheckpointError, OSError) as e:
+            except Exception as e:  # whatever it is, the others wait for this window
                 errors.append(e)
             return sealed
 

@@ -147,23 +147,17 @@ def tensors_of(state: State) -> dict[str, LiveTensor]:
     return {name: live_tensor(name, tensor) for name, tensor in found.items()}
 
 
-def objects_of(state: State) -> dict[str, Json]:
-    """The named objects as JSON; the same on every rank.
+def split_objects(state: State) -> tuple[dict[str, Json], dict[str, LiveTensor]]:
+    """The named objects as JSON, and the tensors in them as ``object.<name>.<path>``.
+
+    Every object is asked once, so that both are of one moment; the same on every rank.
 
     Raises:
         StateError: something is not plain.
+        LayoutError: the layout or dtype of a tensor cannot be saved.
     """
-    return _split_objects(state)[0]
-
-
-def object_tensors(state: State) -> dict[str, LiveTensor]:
-    """The tensors in the state of the named objects, by logical name ``object.<name>.<path>``.
-
-    Raises:
-        StateError: something is not plain.
-        LayoutError: the layout or dtype of one cannot be saved.
-    """
-    return {name: live_tensor(name, tensor) for name, tensor in _split_objects(state)[1].items()}
+    found, tensors = _split_objects(state)
+    return found, {name: live_tensor(name, tensor) for name, tensor in tensors.items()}
 
 
 def object_destinations(
@@ -252,7 +246,7 @@ def load_objects(
     where: str,
     tensors: Mapping[str, torch.Tensor] | None = None,
 ) -> None:
-    """Inverse of ``objects_of`` and ``optimizer_of``.
+    """Inverse of ``split_objects`` and ``optimizer_of``.
 
     Args:
         state: the state to load into.

@@ -133,7 +133,8 @@ def to_dcp(reader: StepReader, target: Path, *, budget_bytes: int, on_bytes: OnB
     from everstep.checkpoint.convert.dcp import PIECE_BYTES, export_dcp
 
     piece_bytes = min(PIECE_BYTES, budget_bytes // 4)
-    export_dcp(reader, target, piece_bytes=piece_bytes, on_bytes=on_bytes)
+    with new_target(target) as folder:
+        export_dcp(reader, folder, piece_bytes=piece_bytes, on_bytes=on_bytes)
     return sum(stored.spec.size_bytes for stored in reader.manifest.tensors.values())
 
 

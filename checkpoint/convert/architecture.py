@@ -146,6 +146,8 @@ def from_hf_config(config: Any, where: str) -> Architecture:
             where, [f"its model_type is {config['model_type']!r}, the built-in model is 'llama'"]
         )
     rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    if not isinstance(rope, dict):
+        raise CheckpointError(f"{where}: its rotary positions are {rope!r}, expected a mapping")
     rope_type = rope.get("rope_type", rope.get("type", "default"))
     wrong = [
         f"its {name} is {config[name]!r}, the built-in model has {value!r}"
@@ -160,8 +162,9 @@ def from_hf_config(config: Any, where: str) -> Architecture:
     values["rope_theta"] = config.get("rope_theta", rope.get("rope_theta", 10000.0))
     if values["kv_heads"] is None:
         values["kv_heads"] = values["heads"]
-    if values["head_dim"] is None and values["heads"]:
-        values["head_dim"] = values["dim"] // values["heads"]
+    dim, heads = values["dim"], values["heads"]
+    if values["head_dim"] is None and isinstance(dim, int) and isinstance(heads, int) and heads > 0:
+        values["head_dim"] = dim // heads
     return _checked(values, where)
 
 

@@ -1,7 +1,6 @@
 """Hugging Face's folders: a committed step to one that transformers loads, and back."""
 
 import json
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -53,7 +52,7 @@ def export_hf(
     Args:
         reader: of the step.
         target: the folder; it appears whole, or not at all.
-        dtype: of the tensors, such as 'BF16'; None: as they are stored.
+        dtype: of the tensors, such as 'BF16'; None: that of the embedding.
         max_shard_bytes: size of a file; a larger tensor has one to itself.
         tokenizer: a ``tokenizer.json`` to copy, with the files that describe it.
         budget_bytes: memory to use.
@@ -65,6 +64,8 @@ def export_hf(
         TargetExistsError: the target is taken.
         DamagedError: a pack is not what the manifest says.
     """
+    if tokenizer is not None and not tokenizer.is_file():
+        raise CheckpointError(f"there is no tokenizer file {tokenizer}: give a tokenizer.json")
     source = StepSource(reader)
     where = source.where
     architecture = from_objects(reader.manifest.objects, where)
@@ -167,9 +168,7 @@ def _read_json(path: Path) -> Any:
 
 def _copy_tokenizer(tokenizer: Path, folder: Path) -> None:
     """The file under the name that transformers looks for, and what lies beside it."""
-    if not tokenizer.is_file():
-        raise CheckpointError(f"there is no tokenizer file {tokenizer}: give a tokenizer.json")
-    shutil.copyfile(tokenizer, folder / _TOKENIZER_FILES[0])
+    write_durable(folder / _TOKENIZER_FILES[0], tokenizer.read_bytes())
     for name in _TOKENIZER_FILES[1:]:
         if tokenizer.with_name(name).is_file():
-            shutil.copyfile(tokenizer.with_name(name), folder / name)
+            write_durable(folder / name, tokenizer.with_name(name).read_bytes())

@@ -10,6 +10,7 @@ from everstep.checkpoint.convert.source import Source, read_box
 from everstep.checkpoint.convert.view import blocks
 from everstep.checkpoint.direct_io import StreamWriter, write_durable
 from everstep.checkpoint.layout import TensorSpec
+from everstep.checkpoint.pack import STORED_AS
 
 METADATA = {"format": "pt"}
 """What transformers asks for: tensors in the layout of torch."""
@@ -87,9 +88,10 @@ def _header(ordered: Sequence[TensorSpec], metadata: Mapping[str, str]) -> bytes
     position = 0
     for tensor in ordered:
         end = position + tensor.size_bytes
+        dtype, more_dims = STORED_AS.get(tensor.dtype, (tensor.dtype, ()))
         entries[tensor.name] = {
-            "dtype": tensor.dtype,
-            "shape": tensor.shape,
+            "dtype": dtype,
+            "shape": [*tensor.shape, *more_dims],
             "data_offsets": [position, end],
         }
         position = end

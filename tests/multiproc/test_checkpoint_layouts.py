@@ -15,7 +15,7 @@ import torch
 from everstep.checkpoint.checkpointer import Checkpointer
 from everstep.checkpoint.torch_collective import ProcessGroupCollective
 from everstep.checkpoint.torch_rng import derive_rng
-from everstep.checkpoint.torch_state import State, objects_of, optimizer_of, tensors_of
+from everstep.checkpoint.torch_state import State, optimizer_of, split_objects, tensors_of
 from everstep.trainer.config import (
     DataConfig,
     ModelConfig,
@@ -114,7 +114,7 @@ class Trainer:
         """A digest of everything that this rank holds."""
         found = {n: digest(t.local) for n, t in tensors_of(self.state).items()}
         found["objects"] = hashlib.sha256(
-            repr(objects_of(self.state) | optimizer_of(self.state)).encode()
+            repr(split_objects(self.state)[0] | optimizer_of(self.state)).encode()
         ).hexdigest()
         return found
 
@@ -124,7 +124,7 @@ class Trainer:
 
     def objects(self) -> str:
         """What is saved besides tensors."""
-        return repr(objects_of(self.state) | optimizer_of(self.state))
+        return repr(split_objects(self.state)[0] | optimizer_of(self.state))
 
 
 def _small_tokens(batch: Any) -> dict[str, Any]:

@@ -19,7 +19,7 @@ from everstep.checkpoint.torch_state import (
     State,
     load_objects,
     object_destinations,
-    objects_of,
+    split_objects,
 )
 from tests.support.checkpoints import Counter, Holder, fresh_state, save_and_load, tiny_state
 
@@ -61,7 +61,7 @@ def test_tensors_in_the_state_of_objects_come_back_as_new_ones(tmp_path: Path) -
 def test_two_tensors_of_an_object_with_one_name_are_refused() -> None:
     value = {"a.b": torch.zeros(1), "a": {"b": torch.zeros(1)}}
     with pytest.raises(StateError, match=r"the name 'object\.x\.value\.a\.b'"):
-        objects_of(State(model=Holder(), x=Counter(value)))
+        split_objects(State(model=Holder(), x=Counter(value)))
 
 
 @pytest.mark.parametrize("coded", [{"$tensor": "object.data.x"}, {"$tensor": 3}], ids=str)
