@@ -15,7 +15,15 @@ from everstep.checkpoint.layout import Box, TensorSpec
 from everstep.checkpoint.pack import StridedBytes, dense_strides
 
 Arrays = dict[str, NDArray[Any]]
-DTYPES = {"F64": "<f8", "F32": "<f4", "F16": "<f2", "BF16": "<u2", "I64": "<i8", "U8": "u1"}
+DTYPES = {
+    "C128": "<c16",
+    "F64": "<f8",
+    "F32": "<f4",
+    "F16": "<f2",
+    "BF16": "<u2",
+    "I64": "<i8",
+    "U8": "u1",
+}
 
 
 def dtype_name(array: NDArray[Any]) -> str:

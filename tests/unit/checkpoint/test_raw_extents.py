@@ -28,6 +28,7 @@ from everstep.checkpoint.pack import (
     plan_pack,
     write_pack,
 )
+from everstep.checkpoint.ranged_plan import Window
 from everstep.checkpoint.ranged_read import Request
 from everstep.checkpoint.records import encode_record
 from everstep.checkpoint.step_reader import StepReader
@@ -124,6 +125,12 @@ def test_windows_over_several_extents(tmp_path: Path) -> None:
         )
     expected_bits = [cuts["one"].bits, cuts["two"].bits, cuts["mid"].bits[1, 699_993:]]
     assert [t.tobytes() for t in targets] == [b.tobytes() for b in expected_bits]
+    with _in_memory(step, manifest)[0] as reader:
+        assert reader.ranged is not None
+        for begin in range(12):
+            for end in range(begin + 1, 13):
+                window = Window(0, begin, end)
+                assert len(reader.ranged.fetch(window)) == reader.ranged.window_bytes(window)
 
 
 def test_every_kind_of_layout_and_type(tmp_path: Path) -> None:

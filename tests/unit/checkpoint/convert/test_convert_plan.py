@@ -10,6 +10,7 @@ from everstep.checkpoint.convert.errors import ConversionError
 from everstep.checkpoint.convert.plan import plan_extract, plan_union, with_dtype
 from everstep.checkpoint.convert.source import read_box
 from everstep.checkpoint.convert.spec import Spec
+from everstep.checkpoint.errors import CheckpointError
 from everstep.checkpoint.layout import TensorSpec
 from tests.support.conversions import Arrays, ArraySource, carried_out
 
@@ -172,3 +173,5 @@ def test_casts_are_of_floating_point_tensors_only() -> None:
     converted = Converted(plan, source)
     bits = read_box(converted, "a", converted.tensors["a"].whole).view("<u2")
     assert [f"{b:04x}" for b in bits] == ["3f80", "c040", "7f80"]
+    with pytest.raises(CheckpointError, match="dtype: got 'bf16', expected one of F64, F32"):
+        with_dtype(plan, "bf16")

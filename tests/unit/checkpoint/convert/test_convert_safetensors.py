@@ -66,6 +66,16 @@ def test_the_library_reads_what_is_written(tmp_path: Path) -> None:
     assert len(told) > 15  # in blocks of an eighth of the budget
 
 
+def test_dtypes_that_the_library_lacks_are_written_as_others(tmp_path: Path) -> None:
+    array = np.array([1 + 2j, -3.5j, 4])
+    source = ArraySource({"z": array, "a": np.arange(3)})
+    written = ByteCount(None)
+    write_file(tmp_path / "x", source, source.tensors.values(), budget_bytes=MIB, written=written)
+    found = load_file(tmp_path / "x")
+    assert found["z"].dtype == np.float64
+    np.testing.assert_array_equal(found["z"].reshape(-1).view(np.complex128), array)
+
+
 def test_shards_and_their_index(tmp_path: Path) -> None:
     arrays = {f"t{i}": np.full((100,), i, "<f4") for i in range(5)}
     source = ArraySource(arrays)
