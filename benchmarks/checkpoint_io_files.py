@@ -18,7 +18,8 @@ _LIBC = ctypes.CDLL(None, use_errno=True)
 def page_aligned(size_bytes: int) -> np.ndarray:
     """Zeroed uint8 memory that O_DIRECT accepts, as whole pages, all of them touched."""
     pages = -(-max(size_bytes, 1) // mmap.PAGESIZE)
-    memory = np.frombuffer(mmap.mmap(-1, pages * mmap.PAGESIZE), np.uint8)
+    private = mmap.mmap(-1, pages * mmap.PAGESIZE, flags=mmap.MAP_PRIVATE)
+    memory = np.frombuffer(private, np.uint8)
     memory.fill(0)
     return memory
 

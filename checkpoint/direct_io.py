@@ -1,19 +1,23 @@
 """Writing a large file once, from front to back, past the page cache.
 
-Bytes go through two aligned staging buffers into O_DIRECT writes of ``STAGING_BYTES``, or of
-``EARLY_BYTES`` and more while there is nothing else for the disk to do; where the
-file system refuses O_DIRECT (tmpfs, some network file systems: EINVAL at open or at the first
-write) the same file is written buffered and its pages are dropped afterwards. Also the small
-durable operations of a commit: exclusive files, links that never replace, directory syncs.
+Bytes go through aligned staging buffers into O_DIRECT writes of ``STAGING_BYTES``, or of
+``EARLY_BYTES`` and more while there is nothing else for the disk to do; where the file system
+refuses O_DIRECT (tmpfs, some network file systems: EINVAL at open or at the first write) the same
+file is written buffered and its pages are dropped afterwards. Also the small durable operations of
+a commit: exclusive files, links that never replace, directory syncs.
+
+Staging buffers outlive their file: disks have been seen to take memory that they know at twice the
+speed of memory that a process has just been given. A process keeps ``BUFFERS`` of them.
 """
 
 import errno
 import fcntl
 import mmap
 import os
+from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import TracebackType
 
@@ -22,9 +26,14 @@ import numpy.typing as npt
 
 STAGING_BYTES = 16 * 2**20
 EARLY_BYTES = 4 * 2**20
+BUFFERS = 3
+"""One is filled, one is written, and one waits, so that the disk never does."""
 ALIGN_BYTES = 4096
 
 ByteArray = npt.NDArray[np.uint8]
+
+_spare: list[ByteArray] = []
+"""Buffers of ``STAGING_BYTES`` that no file is using."""
 
 
 class StreamWriter:
@@ -32,22 +41,27 @@ class StreamWriter:
 
     Fill ``space()`` and call ``advance(n)``, until ``finish()``; leaving the context without
     ``finish()`` closes and deletes the file. A staging buffer goes to the file in a thread while
-    another one is filled: when it is full, or when the thread is idle and ``EARLY_BYTES`` are
-    there. A smaller file needs neither.
+    others are filled: when it is full, or when the thread is idle and ``EARLY_BYTES`` are there. A
+    smaller file needs neither.
+
+    Args:
+        path: of the file.
+        staging_bytes: size of a buffer.
+        buffers: how many there are at most; at least 2.
 
     Raises:
         FileExistsError: the path exists already.
         OSError: as the file system reports it (ENOSPC, EIO, ...), at a later call at the latest.
     """
 
-    def __init__(self, path: Path, staging_bytes: int = STAGING_BYTES) -> None:
+    def __init__(
+        self, path: Path, staging_bytes: int = STAGING_BYTES, buffers: int = BUFFERS
+    ) -> None:
         if staging_bytes <= 0 or staging_bytes % ALIGN_BYTES:
             raise ValueError(f"staging_bytes={staging_bytes} is not a multiple of {ALIGN_BYTES}")
-        self._path = path
-        self._staging = _aligned(staging_bytes)
-        self._spare: ByteArray | None = None
+        self._path, self._most_under_way = path, buffers - 1
         self._thread: ThreadPoolExecutor | None = None
-        self._under_way: Future[None] | None = None
+        self._under_way: deque[tuple[Future[None], ByteArray]] = deque()
         self._filled = 0
         self._written = 0
         self._finished = False
@@ -61,6 +75,7 @@ class StreamWriter:
             path.unlink(missing_ok=True)  # some file systems create the file, then refuse the flag
             self.direct = False
             self._fd = os.open(path, flags, 0o644)
+        self._staging = _buffer(staging_bytes)
 
     def space(self) -> ByteArray:
         """An unfilled part of the staging buffer; never empty."""
@@ -69,7 +84,7 @@ class StreamWriter:
     def advance(self, count: int) -> None:
         """Take over the first ``count`` bytes of ``space()``."""
         self._filled += count
-        idle = self._under_way is None or self._under_way.done()
+        idle = not self._under_way or self._under_way[-1][0].done()
         if self._filled == len(self._staging) or (idle and self._filled >= EARLY_BYTES):
             self._flush_aside()
 
@@ -89,7 +104,8 @@ class StreamWriter:
         size = self._written + self._filled
         padded = -(-self._filled // ALIGN_BYTES) * ALIGN_BYTES
         self._staging[self._filled : padded] = 0
-        self._wait()
+        while self._under_way:
+            _release(self._wait())
         self._write(self._staging[:padded])
         os.ftruncate(self._fd, size)
         os.fdatasync(self._fd)
@@ -99,24 +115,26 @@ class StreamWriter:
         return size
 
     def _flush_aside(self) -> None:
-        """Hand the buffer over to the thread; go on with the other one and what is unaligned."""
-        self._wait()
+        """Hand the buffer over to the thread; go on with another one and what is unaligned."""
         if self._thread is None:
             self._thread = ThreadPoolExecutor(1, thread_name_prefix="everstep-write")
-            self._spare = _aligned(len(self._staging))
-        assert self._spare is not None
+        full = len(self._under_way) == self._most_under_way
+        following = self._wait() if full else _buffer(len(self._staging))
         tail_bytes = self._filled % ALIGN_BYTES
         ready_bytes = self._filled - tail_bytes
-        self._spare[:tail_bytes] = self._staging[ready_bytes : self._filled]
-        self._under_way = self._thread.submit(self._write, self._staging[:ready_bytes])
-        self._staging, self._spare = self._spare, self._staging
+        following[:tail_bytes] = self._staging[ready_bytes : self._filled]
+        written = self._thread.submit(self._write, self._staging[:ready_bytes])
+        self._under_way.append((written, self._staging))
+        self._staging = following
         self._written += ready_bytes
         self._filled = tail_bytes
 
-    def _wait(self) -> None:
-        under_way, self._under_way = self._under_way, None
-        if under_way is not None:
-            under_way.result()
+    def _wait(self) -> ByteArray:
+        """The buffer whose write began first, when that is done."""
+        written, buffer = self._under_way[0]
+        written.result()
+        self._under_way.popleft()
+        return buffer
 
     def _write(self, data: ByteArray) -> None:
         done, view = 0, data.data
@@ -147,7 +165,11 @@ class StreamWriter:
         trace: TracebackType | None,
     ) -> None:
         if self._thread is not None:
-            self._thread.shutdown()  # before the descriptor can become another file's
+            # before the descriptor can become another file's, and buffers its
+            self._thread.shutdown(cancel_futures=True)
+        for _, buffer in self._under_way:
+            _release(buffer)
+        _release(self._staging)
         if isinstance(error, OSError) and error.filename is None:
             error.filename = str(self._path)
         try:
@@ -157,9 +179,21 @@ class StreamWriter:
                 self._path.unlink(missing_ok=True)
 
 
-def _aligned(size_bytes: int) -> ByteArray:
-    """Memory that begins at a page, as O_DIRECT needs."""
-    return np.frombuffer(mmap.mmap(-1, size_bytes), dtype=np.uint8)
+def _buffer(size_bytes: int) -> ByteArray:
+    """Memory that begins at a page, as O_DIRECT needs; a forked process gets a copy."""
+    if size_bytes == STAGING_BYTES:
+        with suppress(IndexError):
+            return _spare.pop()
+    memory = mmap.mmap(-1, size_bytes, flags=mmap.MAP_PRIVATE)
+    with suppress(OSError):  # a kernel without huge pages
+        memory.madvise(mmap.MADV_HUGEPAGE)
+    return np.frombuffer(memory, dtype=np.uint8)
+
+
+def _release(buffer: ByteArray) -> None:
+    """Keep a buffer for another file."""
+    if len(buffer) == STAGING_BYTES and len(_spare) < BUFFERS:
+        _spare.append(buffer)
 
 
 @contextmanager

@@ -46,7 +46,7 @@ def write_file(
     """
     ordered = sorted(tensors, key=lambda t: (-t.item_bytes, t.name))
     most_bytes = block_bytes(budget_bytes)
-    with StreamWriter(path, staging_bytes=most_bytes) as out:
+    with StreamWriter(path, staging_bytes=most_bytes, buffers=2) as out:
         out.append(_header(ordered, metadata))
         for tensor in ordered:
             for box in blocks(tensor.whole, tensor.item_bytes, most_bytes):

@@ -211,3 +211,47 @@ def test_the_size_is_cut_before_the_sync(tmp_path: Path, order: list[str]) -> No
 def test_syncing_what_is_not_there(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError):
         sync_directory(tmp_path / "none")
+
+
+def test_buffers_are_used_again_and_by_one_file_at_a_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(direct_io, "STAGING_BYTES", 2 * ALIGN_BYTES)
+    monkeypatch.setattr(direct_io, "EARLY_BYTES", ALIGN_BYTES)
+    kept: list[np.ndarray] = []
+    monkeypatch.setattr(direct_io, "_spare", kept)
+    rng = np.random.default_rng(0)
+    for attempt in range(3):
+        data = {n: rng.integers(0, 256, 100_000, dtype=np.uint8) for n in ("a", "b")}
+        folder = tmp_path / str(attempt)
+        folder.mkdir()
+        with (
+            StreamWriter(folder / "a", 2 * ALIGN_BYTES) as a,
+            StreamWriter(folder / "b", 2 * ALIGN_BYTES) as b,
+        ):
+            for begin in range(0, 100_000, 5_000):
+                a.append(data["a"][begin : begin + 5_000])
+                b.append(data["b"][begin : begin + 5_000])
+            a.finish()
+            b.finish()
+        for name, expected in data.items():
+            assert (folder / name).read_bytes() == expected.tobytes()
+        addresses = {buffer.ctypes.data for buffer in kept}
+        assert len(addresses) == len(kept) == direct_io.BUFFERS
+
+
+def test_after_an_error_no_buffer_is_lost_or_kept_twice(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(direct_io, "STAGING_BYTES", 2 * ALIGN_BYTES)
+    kept: list[np.ndarray] = []
+    monkeypatch.setattr(direct_io, "_spare", kept)
+    monkeypatch.setattr(os, "write", _fail)
+    with (
+        pytest.raises(OSError, match="No space left"),
+        StreamWriter(tmp_path / "f", 2 * ALIGN_BYTES) as out,
+    ):
+        out.append(bytes(100_000))
+        out.finish()
+    addresses = {buffer.ctypes.data for buffer in kept}
+    assert 2 <= len(addresses) == len(kept) <= direct_io.BUFFERS
