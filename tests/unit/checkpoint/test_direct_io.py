@@ -247,11 +247,13 @@ def test_after_an_error_no_buffer_is_lost_or_kept_twice(
     kept: list[np.ndarray] = []
     monkeypatch.setattr(direct_io, "_spare", kept)
     monkeypatch.setattr(os, "write", _fail)
-    with (
-        pytest.raises(OSError, match="No space left"),
-        StreamWriter(tmp_path / "f", 2 * ALIGN_BYTES) as out,
-    ):
-        out.append(bytes(100_000))
-        out.finish()
+
+    def write() -> None:
+        with StreamWriter(tmp_path / "f", 2 * ALIGN_BYTES) as out:
+            out.append(bytes(100_000))
+            out.finish()
+
+    with pytest.raises(OSError, match="No space left"):
+        write()
     addresses = {buffer.ctypes.data for buffer in kept}
     assert 2 <= len(addresses) == len(kept) <= direct_io.BUFFERS
