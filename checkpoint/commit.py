@@ -22,6 +22,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+from everstep.checkpoint.assembly import Assembly
 from everstep.checkpoint.direct_io import make_directory
 from everstep.checkpoint.errors import (
     CheckpointError,
@@ -30,7 +31,6 @@ from everstep.checkpoint.errors import (
     StepExistsError,
     StepNotFoundError,
 )
-from everstep.checkpoint.fragment_codec import SpecPool
 from everstep.checkpoint.generations import Generations
 from everstep.checkpoint.leases import free_to_delete, held_for_reading
 from everstep.checkpoint.lineage import Generation, StepId, in_lineage
@@ -38,9 +38,7 @@ from everstep.checkpoint.manifest import (
     Lineage,
     Manifest,
     Part,
-    build_manifest,
     decode_manifest,
-    decode_part,
     encode_manifest,
     encode_part,
 )
@@ -60,7 +58,6 @@ from everstep.checkpoint.step_reader import StepReader
 from everstep.checkpoint.store import Folder, Store
 from everstep.checkpoint.store_local import LocalStore
 from everstep.checkpoint.stores import open_store
-from everstep.checkpoint.views.index_files import index_files
 from everstep.checkpoint.votes import encode_failure, failure_in
 
 GRACE_S = 3600.0
@@ -70,11 +67,15 @@ _TOO_LATE = "it did not say in time that its pack is durable (hung or lost?)"
 
 
 class CheckpointDirectory:
-    """A directory of checkpoints: a path, a URL or a store; holds no state but where it is."""
+    """A directory of checkpoints: a path, a URL or a store; knows nothing but where it is.
+
+    (And, so that committing is fast, how the step was laid out that it has committed last.)
+    """
 
     def __init__(self, where: str | os.PathLike[str] | Store) -> None:
         self.store = open_store(where)
         self._generations = Generations(self.store, self.manifest)
+        self._assembly = Assembly()
 
     @property
     def has_lock(self) -> bool:
@@ -279,10 +280,10 @@ class CheckpointDirectory:
         except (KeyError, TypeError) as e:
             where = self.store.describe(part_key(step_id, 0))
             raise ManifestError(where, f"its lineage is none: {e!r}") from None
-        manifest = build_manifest(parts, lineage)
+        manifest = self._assembly.manifest(parts, lineage)
         folder = step_key(step_id)
         try:
-            for name, data in index_files(manifest).items():
+            for name, data in self._assembly.index_files(manifest).items():
                 put_once(self.store, f"{folder}/{name}", data, settle=False)
             self.store.settle([f"{folder}/parts", folder, ""])
             put_once(self.store, manifest_key(step_id), encode_manifest(manifest))
@@ -362,8 +363,7 @@ class CheckpointDirectory:
         failures = {rank: failure_in(data, path) for rank, (path, data) in enumerate(named)}
         if causes := {rank: cause for rank, cause in failures.items() if cause is not None}:
             raise SaveFailedError(step_id.step, causes)
-        known: SpecPool = {}
-        return [decode_part(data, path, known) for path, data in named]
+        return self._assembly.parts(named)
 
     def _read_records(self, keys: Sequence[str]) -> list[bytes]:
         def read(key: str) -> bytes:

@@ -4,7 +4,7 @@ The manifest is a deterministic function of the parts: whoever sees all parts ca
 presence in the step's directory is the commit.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache, cached_property, partial
 from pathlib import Path
@@ -14,7 +14,7 @@ import numpy as np
 
 from everstep.checkpoint.coverage import holdings
 from everstep.checkpoint.errors import CoverageError, LayoutError, ManifestError
-from everstep.checkpoint.fragment_codec import SpecPool, fragments_from_json, fragments_to_json
+from everstep.checkpoint.fragment_codec import fragments_from_json, fragments_to_json
 from everstep.checkpoint.grid_codec import encode_runs
 from everstep.checkpoint.json_checks import dtype, mapping, natural, text
 from everstep.checkpoint.layout import (
@@ -178,12 +178,41 @@ class Manifest:
         )
 
 
-def build_manifest(parts: Sequence[Part], lineage: Lineage | None = None) -> Manifest:
+Written = Sequence[tuple[Fragment, ...]]
+"""What each rank has written."""
+
+
+def stored_tensors(written: Written) -> dict[str, StoredTensor]:
+    """All tensors, by name, of what ranks have written.
+
+    Raises:
+        LayoutError: the fragments do not cover each tensor exactly once, or ranks disagree.
+    """
+    tensors, n_cells = {}, 0
+    for spec, _, (layout, shares) in holdings(written, once=True):
+        packs = tuple(share.ranks[0] for share in shares if share.n_items)
+        tensors[spec.name] = StoredTensor(spec, layout, packs)
+        n_cells += layout.n_cells
+        if layout.n_cells > max_cells(len(written)) or n_cells > MAX_CELLS:
+            raise LayoutError(
+                f"tensor {spec.name!r} is cut into {layout.n_cells} fragments, which makes "
+                f"{n_cells} so far: a checkpoint of {len(written)} ranks has at most "
+                f"{max_cells(len(written))} of a tensor, and {MAX_CELLS} in all"
+            )
+    return tensors
+
+
+def build_manifest(
+    parts: Sequence[Part],
+    lineage: Lineage | None = None,
+    stored: Callable[[Written], Mapping[str, StoredTensor]] = stored_tensors,
+) -> Manifest:
     """Combine the parts of all writers.
 
     Args:
         parts: of all ranks, in any order.
         lineage: what their generation inherits.
+        stored: ``stored_tensors``, or what gives the same faster.
 
     Raises:
         LayoutError: the fragments do not cover each tensor exactly once, or ranks disagree.
@@ -204,25 +233,9 @@ def build_manifest(parts: Sequence[Part], lineage: Lineage | None = None) -> Man
         producer=context["producer"],
         objects={**optimizer, **context["objects"]},
         packs=tuple(p.pack for p in ordered),
-        tensors=_stored([p.fragments for p in ordered]),
+        tensors=stored([p.fragments for p in ordered]),
         lineage=lineage,
     )
-
-
-def _stored(written: Sequence[Iterable[Fragment]]) -> dict[str, StoredTensor]:
-    """All tensors, by name, of what each rank has written."""
-    tensors, n_cells = {}, 0
-    for spec, _, (layout, shares) in holdings(written, once=True):
-        packs = tuple(share.ranks[0] for share in shares if share.n_items)
-        tensors[spec.name] = StoredTensor(spec, layout, packs)
-        n_cells += layout.n_cells
-        if layout.n_cells > max_cells(len(written)) or n_cells > MAX_CELLS:
-            raise LayoutError(
-                f"tensor {spec.name!r} is cut into {layout.n_cells} fragments, which makes "
-                f"{n_cells} so far: a checkpoint of {len(written)} ranks has at most "
-                f"{max_cells(len(written))} of a tensor, and {MAX_CELLS} in all"
-            )
-    return tensors
 
 
 def _places(tensors: Mapping[str, StoredTensor], n_packs: int) -> Places:
@@ -246,17 +259,21 @@ def encode_part(part: Part) -> bytes:
     )
 
 
-def decode_part(data: bytes, path: Path | str, known: SpecPool | None = None) -> Part:
+def decode_part(
+    data: bytes,
+    path: Path | str,
+    decode_fragments: Callable[[Any], tuple[Fragment, ...]] = fragments_from_json,
+) -> Part:
     """Inverse of ``encode_part``; raises ManifestError and its kinds.
 
     Args:
         data: the bytes of a part file.
         path: its path, for errors.
-        known: as for ``fragments_from_json``, where parts of several ranks are decoded.
+        decode_fragments: ``fragments_from_json``, or what gives the same faster.
     """
     m = decode_record(data, "everstep_part", PART_VERSION, path)
     try:
-        fragments = fragments_from_json(m["fragments"], known)
+        fragments = decode_fragments(m["fragments"])
         pack = mapping(m["pack"])
         part = Part(
             generation=natural(m["generation"]),

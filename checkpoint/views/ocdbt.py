@@ -6,9 +6,10 @@ in the index, ``NAME/c/0/1`` is a range of a pack.
 """
 
 from collections.abc import Mapping, Sequence
+from copy import copy
 from dataclasses import dataclass
 from functools import lru_cache
-from itertools import product
+from itertools import product, takewhile
 
 import numpy as np
 
@@ -25,7 +26,7 @@ from everstep.checkpoint.views.ocdbt_format import (
     encode_manifest,
 )
 from everstep.checkpoint.views.zarr_metadata import TENSORSTORE_TYPES, encode_metadata
-from everstep.checkpoint.views.zarr_nodes import ArrayNode, zarr_nodes
+from everstep.checkpoint.views.zarr_nodes import ArrayNode, GroupNode, root_node, zarr_nodes
 
 INDEX_FILE = "index.ocdbt"
 MANIFEST_FILE = "manifest.ocdbt"
@@ -40,16 +41,33 @@ def ocdbt_files(manifest: Manifest, node_entries: int = NODE_ENTRIES) -> Mapping
         manifest: the checkpoint; the same one gives the same bytes.
         node_entries: most entries of a node of the tree, at least 2.
     """
-    index = _Index([p.file.encode() for p in manifest.packs], node_entries)
-    for node in zarr_nodes(manifest, TENSORSTORE_TYPES):
-        path = f"{node.path}/".encode() if node.path else b""
-        if isinstance(node, ArrayNode) and len(node.offsets):
-            index.add_chunks(path + b"c/" if node.counts else path, node)
-        index.add_value(path + b"zarr.json", encode_metadata(node.metadata))
-    root, height = index.finish()
-    data = b"".join(index.pieces)
-    name = INDEX_FILE.encode()
-    return {INDEX_FILE: data, MANIFEST_FILE: encode_manifest(root, height, name, data)}
+    return OcdbtView(manifest, node_entries).files(manifest.step, manifest.generation)
+
+
+class OcdbtView:
+    """The view of all steps whose tensors lie in files of the same names at the same places.
+
+    Args:
+        manifest: of one of them.
+        node_entries: most entries of a node of the tree, at least 2.
+    """
+
+    def __init__(self, manifest: Manifest, node_entries: int = NODE_ENTRIES) -> None:
+        self._index = _Index([p.file.encode() for p in manifest.packs], node_entries)
+        nodes = zarr_nodes(manifest, TENSORSTORE_TYPES)
+        for node in takewhile(lambda node: node.path, nodes):
+            self._index.add(node)
+        self._behind_root = list(nodes)
+
+    def files(self, step: int, generation: int) -> Mapping[str, bytes]:
+        """The files of the view of a step; see ``ocdbt_files``."""
+        index = self._index.copy()
+        for node in (root_node(step, generation), *self._behind_root):
+            index.add(node)
+        root, height = index.finish()
+        data = b"".join(index.pieces)
+        name = INDEX_FILE.encode()
+        return {INDEX_FILE: data, MANIFEST_FILE: encode_manifest(root, height, name, data)}
 
 
 @dataclass(frozen=True)
@@ -83,7 +101,20 @@ class _Index:
         self._runs: list[_Run] = []
         self._waiting = 0
 
-    def add_chunks(self, prefix: bytes, node: ArrayNode) -> None:
+    def copy(self) -> "_Index":
+        """One that grows on its own."""
+        other = copy(self)
+        other.pieces, other._leaves, other._runs = [*self.pieces], [*self._leaves], [*self._runs]
+        return other
+
+    def add(self, node: ArrayNode | GroupNode) -> None:
+        """The next node of the view."""
+        path = f"{node.path}/".encode() if node.path else b""
+        if isinstance(node, ArrayNode) and len(node.offsets):
+            self._add_chunks(path + b"c/" if node.counts else path, node)
+        self._add_value(path + b"zarr.json", encode_metadata(node.metadata))
+
+    def _add_chunks(self, prefix: bytes, node: ArrayNode) -> None:
         """The chunks of an array; ``prefix`` begins their keys."""
         ends = _chunk_names(node.counts)
         files, offsets = node.packs[ends.order], node.offsets[ends.order]
@@ -104,7 +135,7 @@ class _Index:
             )
             begin = stop
 
-    def add_value(self, key: bytes, value: bytes) -> None:
+    def _add_value(self, key: bytes, value: bytes) -> None:
         """A value that is to be in the index itself: in the leaf, or beside it if it is long."""
         nothing = np.zeros(0, np.int64)
         file, offset, inline = nothing, nothing, value

@@ -58,6 +58,12 @@ class GroupNode:
     metadata: Mapping[str, Any]
 
 
+def root_node(step: int, generation: int) -> GroupNode:
+    """The root; nothing else in the view says which step it is."""
+    about = {"everstep_step": step, "everstep_generation": generation}
+    return GroupNode("", group_metadata(about))
+
+
 def zarr_nodes(
     manifest: Manifest, known: Mapping[str, ZarrType]
 ) -> Iterator[ArrayNode | GroupNode]:
@@ -72,10 +78,9 @@ def zarr_nodes(
     """
     file_sizes = np.array([p.size_bytes for p in manifest.packs], np.int64)
     paths = {node_name(name): tensor for name, tensor in manifest.tensors.items()}
-    root = {"everstep_step": manifest.step, "everstep_generation": manifest.generation}
     for key in sorted([*(f"{path}/".encode() for path in paths), b"zarr.json"]):
         if key == b"zarr.json":
-            yield GroupNode("", group_metadata(root))
+            yield root_node(manifest.step, manifest.generation)
             continue
         path = key[:-1].decode()
         tensor = paths[path]
