@@ -3,6 +3,7 @@
 Never the default group: a background exchange would collide with the trainer's collectives.
 """
 
+import struct
 import zlib
 from collections.abc import Sequence
 from datetime import timedelta
@@ -12,6 +13,11 @@ import torch.distributed as dist
 
 from everstep.checkpoint.direct_io import ByteArray
 from everstep.checkpoint.errors import CollectiveError
+
+_HEAD = struct.Struct("<qq")
+"""Checksum of the tag, bytes of the payload."""
+_HEAD_BYTES = 1024
+"""Of the first all-gather, which carries short payloads, too."""
 
 
 class ProcessGroupCollective:
@@ -27,18 +33,21 @@ class ProcessGroupCollective:
         self.world_size = dist.get_world_size()
 
     def exchange(self, tag: str, payload: bytes) -> list[bytes]:
-        """See ``Collective.exchange``; two all-gathers, lengths first."""
+        """See ``Collective.exchange``: one all-gather, and another one where payloads are long."""
         try:
-            heads = self._gather(
-                torch.tensor([zlib.crc32(tag.encode()), len(payload)], dtype=torch.int64)
-            )
-            tags, sizes = zip(*(head.tolist() for head in heads), strict=True)
+            mine = torch.zeros(_HEAD_BYTES, dtype=torch.uint8)
+            head = _HEAD.pack(zlib.crc32(tag.encode()), len(payload)) + payload
+            mine[: len(head)] = _as_tensor(head[:_HEAD_BYTES])
+            heads = [found.numpy().tobytes() for found in self._gather(mine)]
+            tags, sizes = zip(*(_HEAD.unpack_from(found) for found in heads), strict=True)
             if len(set(tags)) > 1:
                 raise CollectiveError(f"ranks are out of step: this one is at {tag!r}")
+            if _HEAD.size + max(sizes) <= _HEAD_BYTES:
+                return [h[_HEAD.size :][:size] for h, size in zip(heads, sizes, strict=True)]
             sent = torch.zeros(max(sizes), dtype=torch.uint8)
             if payload:
-                sent[: len(payload)] = torch.frombuffer(bytearray(payload), dtype=torch.uint8)
-            received = self._gather(sent) if len(sent) else [sent] * self.world_size
+                sent[: len(payload)] = _as_tensor(payload)
+            received = self._gather(sent)
         except RuntimeError as e:
             raise CollectiveError(
                 f"rank {self.rank} lost contact with the other ranks at {tag!r}: {e}"
@@ -69,3 +78,7 @@ class ProcessGroupCollective:
         gathered = [torch.empty_like(mine) for _ in range(self.world_size)]
         dist.all_gather(gathered, mine, group=self._group)
         return gathered
+
+
+def _as_tensor(data: bytes) -> torch.Tensor:
+    return torch.frombuffer(bytearray(data), dtype=torch.uint8)

@@ -1,16 +1,17 @@
 """Live tensors as boxes of logical tensors; the only code that knows DTensors."""
 
 import math
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 
 import torch
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.distributed.tensor.placement_types import Placement, _StridedShard
 
 from everstep.checkpoint.errors import LayoutError
 from everstep.checkpoint.layout import Box, Fragment, TensorSpec
-from everstep.checkpoint.pack import StridedBytes
+from everstep.checkpoint.pack import StridedBytes, dense_strides
 
 DTYPE_NAMES: dict[torch.dtype, str] = {
     torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16",
@@ -40,29 +41,61 @@ def live_tensor(name: str, tensor: torch.Tensor) -> LiveTensor:
     Raises:
         LayoutError: its layout or dtype cannot be saved.
     """
+    return live_tensors({name: tensor})[name]
+
+
+def live_tensors(tensors: Mapping[str, torch.Tensor]) -> dict[str, LiveTensor]:
+    """Describe tensors by their names; raises as ``live_tensor``."""
+    boxes = _Boxes()
+    with torch.no_grad():  # else autograd is told of the local tensors, which takes long
+        return {name: _describe(name, tensor, boxes) for name, tensor in tensors.items()}
+
+
+def _describe(name: str, tensor: torch.Tensor, boxes: "_Boxes") -> LiveTensor:
     if tensor.dtype not in DTYPE_NAMES:
         raise LayoutError(f"tensor {name!r}: dtype {tensor.dtype} cannot be saved")
     spec = TensorSpec(name, DTYPE_NAMES[tensor.dtype], tuple(tensor.shape))
-    if isinstance(tensor, DTensor):
-        with torch.no_grad():  # else autograd is told of the local tensor, which takes long
-            local = tensor.to_local().detach()
-    else:
-        local = tensor.detach()
-    _check_bytes(name, local)
     if not isinstance(tensor, DTensor):
+        local = tensor.detach()
+        _check_bytes(name, local)
         return LiveTensor(Fragment(spec, spec.whole), local)
-    mesh = tensor.device_mesh
-    coordinate = mesh.get_coordinate()
-    if coordinate is None:  # on a mesh of other ranks: this one holds nothing of it
+    local = tensor.to_local().detach()
+    _check_bytes(name, local)
+    box = boxes.of(spec.shape, tensor.device_mesh, tensor.placements)
+    if box is None:  # on a mesh of other ranks: this one holds nothing of it
         nothing = (0,) * max(1, len(spec.shape))
         return LiveTensor(Fragment(spec, Box(nothing, nothing)), local)
-    box = _intervals(spec.shape, tuple(mesh.shape), tuple(coordinate), *tensor.placements)
-    if box.shape != tuple(local.shape) and (box.size or local.numel()):
+    if box.shape != local.shape and (box.size or local.numel()):
         raise LayoutError(
             f"tensor {name!r} of shape {spec.shape} with placements {tensor.placements} on mesh "
-            f"{tuple(mesh.shape)}: the local shard is {tuple(local.shape)}, expected {box.shape}"
+            f"{tuple(tensor.device_mesh.shape)}: the local shard is {tuple(local.shape)}, expected "
+            f"{box.shape}"
         )
     return LiveTensor(Fragment(spec, box if spec.size_bytes else spec.whole), local)
+
+
+class _Boxes:
+    """The boxes of the local shards of many tensors, which are cut in few ways."""
+
+    def __init__(self) -> None:
+        self._meshes: dict[int, tuple[tuple[int, ...], tuple[int, ...] | None]] = {}
+        self._boxes: dict[Hashable, Box] = {}
+
+    def of(
+        self, shape: tuple[int, ...], mesh: DeviceMesh, placements: Sequence[Placement]
+    ) -> Box | None:
+        """See ``intervals``; None where this rank is not on the mesh."""
+        if id(mesh) not in self._meshes:
+            found = mesh.get_coordinate()
+            self._meshes[id(mesh)] = tuple(mesh.shape), None if found is None else tuple(found)
+        mesh_shape, coordinate = self._meshes[id(mesh)]
+        if coordinate is None:
+            return None
+        kinds = tuple(map(type, placements))  # placements of different types may be equal
+        key = (shape, mesh_shape, coordinate, placements, kinds)
+        if key not in self._boxes:
+            self._boxes[key] = intervals(shape, tuple(placements), mesh_shape, coordinate)
+        return self._boxes[key]
 
 
 def _check_bytes(name: str, local: torch.Tensor) -> None:
@@ -123,20 +156,12 @@ def intervals(
     return Box(tuple(begin), tuple(e - b for b, e in zip(begin, end, strict=True)))
 
 
-@lru_cache(maxsize=1024, typed=True)  # placements of different types may be equal
-def _intervals(
-    shape: tuple[int, ...],
-    mesh_shape: tuple[int, ...],
-    coordinate: tuple[int, ...],
-    *placements: Placement,
-) -> Box:
-    """See ``intervals``; the tensors of a model are cut in few ways."""
-    return intervals(shape, placements, mesh_shape, coordinate)
-
-
 def strided_bytes(tensor: torch.Tensor) -> StridedBytes:
     """The bytes of a CPU tensor, in place, whatever its strides."""
-    storage = torch.empty(0, dtype=torch.uint8).set_(tensor.untyped_storage())
     item = tensor.element_size()
+    if tensor.ndim and tensor.is_contiguous() and not tensor.is_complex():  # the usual case, faster
+        data = tensor.detach().view(torch.uint8).numpy().reshape(-1)
+        return StridedBytes(data, 0, dense_strides(tensor.shape, item))
+    storage = torch.empty(0, dtype=torch.uint8).set_(tensor.untyped_storage())
     strides = tuple(int(s) * item for s in tensor.stride())
     return StridedBytes(storage.numpy(), int(tensor.storage_offset()) * item, strides)

@@ -14,7 +14,7 @@ from torch.distributed.fsdp import FSDPModule
 from everstep.checkpoint.errors import ManifestError, StateError, StateMismatchError
 from everstep.checkpoint.layout import TensorSpec
 from everstep.checkpoint.plain_json import Json, from_json, not_plain, to_json
-from everstep.checkpoint.torch_layout import DTYPES, LiveTensor, live_tensor
+from everstep.checkpoint.torch_layout import DTYPES, LiveTensor, live_tensors
 from everstep.checkpoint.torch_optimizer import (
     load_values,
     materialise,
@@ -144,7 +144,7 @@ def tensors_of(state: State) -> dict[str, LiveTensor]:
     named = named_tensors(state.model)
     found = {f"model.{name}": tensor for name, tensor in named.items()}
     found.update(optimizer_tensors(state.optimizers, _names(named)))
-    return {name: live_tensor(name, tensor) for name, tensor in found.items()}
+    return live_tensors(found)
 
 
 def split_objects(state: State) -> tuple[dict[str, Json], dict[str, LiveTensor]]:
@@ -157,7 +157,7 @@ def split_objects(state: State) -> tuple[dict[str, Json], dict[str, LiveTensor]]
         LayoutError: the layout or dtype of a tensor cannot be saved.
     """
     found, tensors = _split_objects(state)
-    return found, {name: live_tensor(name, tensor) for name, tensor in tensors.items()}
+    return found, live_tensors(tensors)
 
 
 def object_destinations(
