@@ -8,6 +8,7 @@ import json
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from everstep.checkpoint.collector import collector_paused
 from everstep.checkpoint.fragment_codec import SpecPool, fragments_from_json
 from everstep.checkpoint.layout import Fragment
 from everstep.checkpoint.manifest import (
@@ -32,6 +33,7 @@ class Assembly:
         self._tensors: Mapping[str, StoredTensor] = {}
         self._index = IndexFiles()
 
+    @collector_paused()
     def parts(self, named: Iterable[tuple[str, bytes]]) -> list[Part]:
         """Decode the parts of all ranks of a step.
 

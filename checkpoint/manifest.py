@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from everstep.checkpoint.collector import collector_paused
 from everstep.checkpoint.coverage import holdings
 from everstep.checkpoint.errors import CoverageError, LayoutError, ManifestError
 from everstep.checkpoint.fragment_codec import fragments_from_json, fragments_to_json
@@ -317,6 +318,7 @@ def encode_manifest(manifest: Manifest) -> bytes:
     )
 
 
+@collector_paused()
 def decode_manifest(data: bytes, path: Path | str) -> Manifest:
     """Inverse of ``encode_manifest``: a whole valid object, or ManifestError and its kinds."""
     m = decode_record(data, "everstep_manifest", MANIFEST_VERSION, path)
