@@ -222,8 +222,10 @@ class Checkpointer:
             self._owner.claim()
 
         def find() -> tuple[StepId | None, list[int]]:
-            self._owner.look()
-            return self._directory.find(step), self.steps()
+            if not self._read_only:
+                self._owner.look()
+            lineage = self._directory.lineage()
+            return self._directory.find(step, lineage), [s.step for s in lineage]
 
         found, steps = on_rank0(self._collective, "find", find)
         if found is None:

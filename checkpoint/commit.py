@@ -63,6 +63,7 @@ from everstep.checkpoint.votes import encode_failure, failure_in
 GRACE_S = 3600.0
 """How long a writer on a store without a lock may need to notice that it lost the directory."""
 READS_AT_ONCE = 16
+_NOT_SHARED = "the file is missing: do all ranks share this directory?"
 _TOO_LATE = "it did not say in time that its pack is durable (hung or lost?)"
 
 
@@ -171,13 +172,17 @@ class CheckpointDirectory:
         """Every committed checkpoint, of any lineage, in ascending order."""
         return sorted(s for s in steps_in(self.store) if is_committed(self.store, s))
 
-    def lineage(self) -> list[StepId]:
+    def lineage(self, committed: Sequence[StepId] | None = None) -> list[StepId]:
         """The checkpoints that the newest generation may resume from, ascending by step.
+
+        Args:
+            committed: what ``committed()`` has just said, where that is known.
 
         Raises:
             ManifestError: the record of a generation is damaged or missing.
         """
-        generations, committed = self.generations(), self.committed()
+        generations = self.generations()
+        committed = self.committed() if committed is None else committed
         for step_id in committed:
             if step_id.generation not in generations:
                 raise ManifestError(
@@ -187,13 +192,17 @@ class CheckpointDirectory:
                 )
         return in_lineage(generations, committed)
 
-    def find(self, step: int | None) -> StepId | None:
+    def find(self, step: int | None, lineage: Sequence[StepId] | None = None) -> StepId | None:
         """The checkpoint of a step in the lineage; None asks for the newest, if there is one.
+
+        Args:
+            step: its number.
+            lineage: what ``lineage()`` has just said, where that is known.
 
         Raises:
             StepNotFoundError: this step is not there.
         """
-        lineage = self.lineage()
+        lineage = self.lineage() if lineage is None else lineage
         if step is None:
             return lineage[-1] if lineage else None
         for step_id in lineage:
@@ -310,7 +319,8 @@ class CheckpointDirectory:
         if not self.has_lock:
             self.check_newest(current)
         gone = []
-        for step_id in superfluous(self.committed(), self.lineage(), keep, current):
+        committed = self.committed()
+        for step_id in superfluous(committed, self.lineage(committed), keep, current):
             folder, manifest = step_key(step_id), manifest_key(step_id)
             with free_to_delete(self.store, folder, manifest) as free:
                 if free:
@@ -353,28 +363,20 @@ class CheckpointDirectory:
 
     def _parts(self, step_id: StepId, world_size: int) -> list[Part]:
         keys = [part_key(step_id, rank) for rank in range(world_size)]
-        try:
-            records = self._read_records(keys)
-        except FileNotFoundError as e:
-            raise ManifestError(
-                e.args[0], "the file is missing: do all ranks share this directory?"
-            ) from None
+        records = self._read_records(
+            keys, "the file is missing: do all ranks share this directory?"
+        )
         named = [(self.store.describe(key), data) for key, data in zip(keys, records, strict=True)]
         failures = {rank: failure_in(data, path) for rank, (path, data) in enumerate(named)}
         if causes := {rank: cause for rank, cause in failures.items() if cause is not None}:
             raise SaveFailedError(step_id.step, causes)
         return self._assembly.parts(named)
 
-    def _read_records(self, keys: Sequence[str]) -> list[bytes]:
-        def read(key: str) -> bytes:
-            if self.store.size(key) is None:
-                raise FileNotFoundError(self.store.describe(key))
-            return read_record(self.store, key)
-
+    def _read_records(self, keys: Sequence[str], missing: str) -> list[bytes]:
         if self.has_lock:
-            return [read(key) for key in keys]
+            return [read_record(self.store, key, missing) for key in keys]
         with ThreadPoolExecutor(READS_AT_ONCE) as pool:
-            return list(pool.map(read, keys))
+            return list(pool.map(lambda key: read_record(self.store, key, missing), keys))
 
     def _local(self, key: str) -> Path:
         path = self.store.local_path(key)

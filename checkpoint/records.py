@@ -65,8 +65,13 @@ def decode_record(data: bytes, kind: str, version: int, path: Path | str) -> dic
     return members
 
 
-def read_record(store: Store, key: str) -> bytes:
+def read_record(store: Store, key: str, missing: str = "the file is missing") -> bytes:
     """The bytes of a record.
+
+    Args:
+        store: where it is.
+        key: its key.
+        missing: what to say where there is none.
 
     Raises:
         ManifestError: it is missing or absurdly large.
@@ -74,7 +79,7 @@ def read_record(store: Store, key: str) -> bytes:
     try:
         data = store.read(key, 0, MAX_RECORD_BYTES + 1)
     except FileNotFoundError:
-        raise ManifestError(store.describe(key), "the file is missing") from None
+        raise ManifestError(store.describe(key), missing) from None
     if len(data) > MAX_RECORD_BYTES:
         raise ManifestError(store.describe(key), f"it is larger than {MAX_RECORD_BYTES} bytes")
     return data
