@@ -23,12 +23,12 @@ from typing import Any
 import numpy as np
 
 from everstep.checkpoint.convert.errors import SafetensorsError
-from everstep.checkpoint.convert.view import blocks
 from everstep.checkpoint.direct_io import ByteArray
 from everstep.checkpoint.errors import CheckpointError
 from everstep.checkpoint.kernels import copy_box
 from everstep.checkpoint.layout import ITEM_BYTES, Box, TensorSpec
 from everstep.checkpoint.pack import StridedBytes, dense_strides
+from everstep.checkpoint.pieces import pieces
 
 INDEX_NAME = "model.safetensors.index.json"
 MAX_HEADER_BYTES = 100 * 10**6
@@ -58,7 +58,7 @@ class SafetensorsFile:
         """See ``Source``."""
         spec = self.tensors[name]
         strides = dense_strides(spec.shape, spec.item_bytes)
-        for box in blocks(wanted, spec.item_bytes, _FETCH_BYTES) if wanted.size else ():
+        for box in pieces(wanted, _FETCH_BYTES // spec.item_bytes):
             first = self._starts[name] + _dot(box.offset, strides)
             last = first + _dot([n - 1 for n in box.shape], strides) + spec.item_bytes
             self._advise(_MADV_POPULATE_READ, first, last)

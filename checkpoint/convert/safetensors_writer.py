@@ -7,10 +7,10 @@ from pathlib import Path
 from everstep.checkpoint.convert.atomic import ByteCount, block_bytes
 from everstep.checkpoint.convert.safetensors_source import INDEX_NAME
 from everstep.checkpoint.convert.source import Source, read_box
-from everstep.checkpoint.convert.view import blocks
 from everstep.checkpoint.direct_io import StreamWriter, write_durable
 from everstep.checkpoint.layout import TensorSpec
 from everstep.checkpoint.pack import STORED_AS
+from everstep.checkpoint.pieces import pieces
 
 METADATA = {"format": "pt"}
 """What transformers asks for: tensors in the layout of torch."""
@@ -49,7 +49,7 @@ def write_file(
     with StreamWriter(path, staging_bytes=most_bytes) as out:
         out.append(_header(ordered, metadata))
         for tensor in ordered:
-            for box in blocks(tensor.whole, tensor.item_bytes, most_bytes):
+            for box in pieces(tensor.whole, most_bytes // tensor.item_bytes):
                 data = read_box(source, tensor.name, box)
                 out.append(data)
                 written.add(len(data))

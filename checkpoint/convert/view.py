@@ -196,27 +196,6 @@ def unflatten(view: View, shape: tuple[int, ...]) -> View:
     return View(view.dtype, shape, tuple(pieces))
 
 
-def blocks(box: Box, item_bytes: int, most_bytes: int) -> Iterator[Box]:
-    """A box in pieces of at most ``most_bytes``, contiguous and in C order; an item at least."""
-    if box.size * item_bytes <= most_bytes or not box.shape:
-        yield box
-        return
-    row_items = math.prod(box.shape[1:])
-    rows = max(1, most_bytes // (row_items * item_bytes))
-    for begin in range(0, box.shape[0], rows):
-        count = min(rows, box.shape[0] - begin)
-        part = Box(
-            (box.offset[0] + begin, *box.offset[1:]),
-            (count, *box.shape[1:]),
-        )
-        if count == 1 and row_items * item_bytes > most_bytes:
-            inner = Box(part.offset[1:], part.shape[1:])
-            for below in blocks(inner, item_bytes, most_bytes):
-                yield _below(part.offset[0], below)
-        else:
-            yield part
-
-
 def plan_reads(
     source_shape: tuple[int, ...],
     place: Place,
@@ -318,11 +297,6 @@ def _runs(piece: Piece, shape: tuple[int, ...]) -> Iterator[Piece]:
 def _unit(strides: tuple[int, ...], extents: tuple[int, ...]) -> int:
     """Distance of neighbours in C order: the stride of the last dim that has any."""
     return next((s for s, n in zip(strides[::-1], extents[::-1], strict=True) if n > 1), 1)
-
-
-def _below(index: int, box: Box) -> Box:
-    """A box of a tensor's rest, in row ``index`` of the tensor."""
-    return Box((index, *box.offset), (1, *box.shape))
 
 
 def _moved(box: Box, dim: int, by: int) -> Box:
