@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from itertools import accumulate, pairwise, product
 from typing import Literal
 
-from everstep.checkpoint.layout import Box, TensorSpec, flat_boxes
+from everstep.checkpoint.layout import Box, TensorSpec, flat_boxes, flat_index
 from everstep.checkpoint.pack import dense_strides
 
 Combine = Literal["same", "mean"]
@@ -186,7 +186,7 @@ def unflatten(view: View, shape: tuple[int, ...]) -> View:
     for piece in view.pieces:
         (begin,), (count,) = piece.box.offset, piece.box.shape
         for box in flat_boxes(shape, begin, begin + count):
-            skipped = sum(i * s for i, s in zip(box.offset, dense, strict=True)) - begin
+            skipped = flat_index(shape, box.offset) - begin
             places = tuple(
                 Place(p.tensor, p.offset + skipped * unit, tuple(s * unit for s in dense))
                 for p in piece.places
@@ -241,7 +241,7 @@ def _reads(
     dense = dense_strides(shape, 1)
     if len(merged) == 1 and stride == 1:
         for box in flat_boxes(shape, offset, offset + extent):
-            skipped = sum(i * s for i, s in zip(box.offset, dense, strict=True)) - offset
+            skipped = flat_index(shape, box.offset) - offset
             yield Read(box, offset_bytes + skipped * step, tuple(s * step for s in dense))
         return
     for i in range(extent):
@@ -283,10 +283,9 @@ def _runs(piece: Piece, shape: tuple[int, ...]) -> Iterator[Piece]:
         joined, length = d, length * extents[d]
         if extents[d] != shape[d]:
             break
-    dense = dense_strides(shape, 1)
     for index in product(*map(range, extents[:joined])):
         at = [*index, *(0 for _ in extents[joined:])]
-        begin = sum((o + i) * s for o, i, s in zip(piece.box.offset, at, dense, strict=True))
+        begin = flat_index(shape, [o + i for o, i in zip(piece.box.offset, at, strict=True)])
         places = tuple(
             Place(p.tensor, p.offset + sum(i * s for i, s in zip(at, p.strides, strict=True)), (u,))
             for p, u in zip(piece.places, units, strict=True)
