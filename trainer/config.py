@@ -240,8 +240,9 @@ class ParallelConfig(Section):
     """auto = CUDA where torch finds it, else CPU."""
     threads: Positive | Auto = AUTO
     """CPU threads per rank; auto = cores / ranks on this host, at least 1."""
-    timeout_s: float = Field(default=600.0, gt=0)
-    """Longest time that a collective may take before the rank gives up."""
+    timeout_s: float = Field(default=600.0, gt=0, le=1_000_000)
+    """Longest time that a collective may take before the rank gives up; clocks in nanoseconds and
+    timers in 32-bit milliseconds overflow with much more than the maximum, 11 days."""
 
 
 class CheckpointConfig(Section):
