@@ -241,10 +241,16 @@ def run_ranks(
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    parser.add_argument("--blocks", type=int, default=40, help="turns of each loop")
+    parser.add_argument("--blocks", type=int, default=40, help="turns of each loop, at least 2")
     parser.add_argument("--steps", type=int, default=1, help="steps per turn")
     parser.add_argument("--json", type=Path, help="where to write the result")
     arguments = parser.parse_args()
+    if arguments.blocks < 2:
+        parser.error(
+            f"--blocks: got {arguments.blocks}, expected at least 2: figures are quartiles"
+        )
+    if arguments.steps < 1:
+        parser.error(f"--steps: got {arguments.steps}, expected at least 1")
 
     results = {}
     for ranks in MESHES:

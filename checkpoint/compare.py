@@ -10,7 +10,7 @@ import numpy.typing as npt
 
 from everstep.checkpoint.direct_io import ByteArray
 from everstep.checkpoint.layout import TensorSpec
-from everstep.checkpoint.numbers import numbers
+from everstep.checkpoint.numbers import numbers, words
 from everstep.checkpoint.pieces import PIECE_BYTES, pieces
 from everstep.checkpoint.step_reader import StepReader
 
@@ -156,7 +156,7 @@ def differences(
     if same_dtype:
         if np.array_equal(a, b):
             return Differences()
-        differs = (_words(a, first.item_bytes) != _words(b, second.item_bytes)).any(axis=1)
+        differs = (words(a, first.item_bytes) != words(b, second.item_bytes)).any(axis=1)
     else:
         differs = np.ones(len(a) // first.item_bytes, bool)
     x, y = numbers(first.dtype, a)[differs], numbers(second.dtype, b)[differs]
@@ -188,11 +188,6 @@ def _compare_tensor(
         done_bytes += len(data_a)
         on_bytes(done_bytes)
     return TensorComparison(first=a, second=b, differences=found)
-
-
-def _words(data: ByteArray, item_bytes: int) -> npt.NDArray[Any]:
-    """The bits of each element as a row of integers: one, or two for 16 bytes."""
-    return data.view(f"<u{min(item_bytes, 8)}").reshape(len(data) // item_bytes, -1)
 
 
 def _distance(x: npt.NDArray[Any], y: npt.NDArray[Any]) -> npt.NDArray[Any]:

@@ -24,6 +24,7 @@ import numpy.typing as npt
 
 from everstep.checkpoint.direct_io import ByteArray
 from everstep.checkpoint.layout import RNG_PREFIX, Box, TensorSpec
+from everstep.checkpoint.numbers import words
 from everstep.checkpoint.pieces import PIECE_BYTES, linear_indices, pieces
 from everstep.checkpoint.step_reader import StepReader
 
@@ -32,7 +33,6 @@ _MODULUS = 2**128
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 _FIRST, _SECOND = np.uint64(0xBF58476D1CE4E5B9), np.uint64(0x94D049BB133111EB)
 _LOW = np.uint64(0xFFFFFFFF)
-_WORD = {1: "<u1", 2: "<u2", 4: "<u4", 8: "<u8"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -125,8 +125,7 @@ def _hashes(
     """The hash of each element; ``indices`` is overwritten."""
     indices += _GOLDEN
     _mix(indices)
-    words = data.view(_WORD[min(item_bytes, 8)]).reshape(len(indices), -1)
-    for column in words.T:
+    for column in words(data, item_bytes).T:
         indices ^= column
         _mix(indices)
     return indices

@@ -43,6 +43,16 @@ def numbers(dtype: str, data: ByteArray) -> npt.NDArray[Any]:
     return data.view(NUMPY_DTYPES[dtype])
 
 
+def words(data: ByteArray, item_bytes: int) -> npt.NDArray[Any]:
+    """The bits of each element as a row of unsigned numbers: one, or two for 16 bytes.
+
+    Args:
+        data: whole elements, little-endian; at least one.
+        item_bytes: 1, 2, 4, 8 or 16.
+    """
+    return data.view(f"<u{min(item_bytes, 8)}").reshape(len(data) // item_bytes, -1)
+
+
 @cache
 def _float8(dtype: str) -> npt.NDArray[np.float32]:
     """The value of each byte; raises KeyError for a type that is not known."""

@@ -7,7 +7,7 @@ from itertools import product
 import numpy as np
 import numpy.typing as npt
 
-from everstep.checkpoint.layout import Box
+from everstep.checkpoint.layout import Box, flat_index
 
 PIECE_BYTES = 4 * 2**20
 """What is read of a tensor at a time by whoever streams it."""
@@ -45,8 +45,7 @@ def pieces(box: Box, max_items: int) -> Iterator[Box]:
 def linear_indices(shape: Sequence[int], box: Box) -> npt.NDArray[np.uint64]:
     """For each item of a box, in C order, its index in the flattened tensor of a shape."""
     strides = [math.prod(shape[dim + 1 :]) for dim in range(len(shape))]
-    base = sum(o * s for o, s in zip(box.offset, strides, strict=True))
-    found = np.full(1, base, np.uint64)
+    found = np.full(1, flat_index(shape, box.offset), np.uint64)
     for n, stride in zip(box.shape, strides, strict=True):
         steps = np.arange(n, dtype=np.uint64) * np.uint64(stride)
         found = (found[:, None] + steps).reshape(-1)

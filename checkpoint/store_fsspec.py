@@ -29,7 +29,8 @@ _EXCLUSIVE_OPEN = {"s3", "s3a", "memory"}
 _EXTRAS = {"s3": "s3", "s3a": "s3"}
 """Scheme -> the extra of ours that brings its file system."""
 _CREATING = threading.Lock()
-"""File systems in this process's memory look first and create then."""
+"""For stores that look first and create then: file systems in this process's memory, and those
+that are promised a single writer."""
 
 
 class FsspecStore:
@@ -70,6 +71,7 @@ class FsspecStore:
             ) from e
         self._fs, self._root, self._url = fs, str(root).rstrip("/"), url.rstrip("/")
         self._single_writer = single_writer
+        self._looks_first = single_writer or "memory" in _protocols(fs)
         if not single_writer and not _creates_only(fs):
             raise CheckpointError(
                 f"checkpoints in {url!r}: this kind of store cannot create an object on condition "
@@ -122,7 +124,8 @@ class FsspecStore:
 
     def put(self, key: str, data: bytes, *, settle: bool = True) -> None:
         path = self._path(check_key(key))
-        with _CREATING, _as_os_error(self.describe(key)):
+        alone = _CREATING if self._looks_first else contextlib.nullcontext()
+        with alone, _as_os_error(self.describe(key)):
             if not self._single_writer:
                 self._fs.pipe_file(path, data, mode="create")
             elif self.size(key) is not None:

@@ -43,7 +43,7 @@ from everstep.cluster.stop_signals import StopSignals
 from everstep.trainer.commands import RESUBMIT_VARIABLE, resume_command
 from everstep.trainer.config import RunConfig
 from everstep.trainer.config_load import dump_config
-from everstep.trainer.events import EventLog
+from everstep.trainer.events import TOO_FREQUENT, EventLog
 from everstep.trainer.mesh_shape import resolve_mesh
 from everstep.trainer.progress import ProgressView
 from everstep.trainer.rank_spec import RankSpec, Report
@@ -141,7 +141,7 @@ class Controller:
 
     def _take_in(self, rank: int, report: Report) -> None:
         kind = report["kind"]
-        if kind not in ("step", "transfer"):
+        if kind not in TOO_FREQUENT:
             self._events.append(**{**report, "rank": rank})
         if kind == "started":
             self._happen(RankStarted(rank))

@@ -31,7 +31,7 @@ from everstep.cluster.stop_signals import StopSignals, stop_asked
 from everstep.cluster.worker_shell import work
 from everstep.trainer.config import RunConfig
 from everstep.trainer.config_load import dump_config
-from everstep.trainer.events import EventLog
+from everstep.trainer.events import TOO_FREQUENT, EventLog
 from everstep.trainer.progress import ProgressView
 from everstep.trainer.rank_spec import RankSpec, Report
 
@@ -139,7 +139,7 @@ class _Shown:
             self._error = report
         elif report["kind"] == "saved":
             self._saved_step = report["step"]
-        if self.events is not None and report["kind"] not in ("step", "transfer"):
+        if self.events is not None and report["kind"] not in TOO_FREQUENT:
             self.events.append(**report)
         if self.view is not None:
             self.view.show(report, time.monotonic())

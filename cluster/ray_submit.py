@@ -32,6 +32,7 @@ CONNECT_S = 10.0
 ANSWER_S = 120.0
 """Longest silence within an answer; head nodes under load take their time."""
 _CONTROL_S = 60.0
+_STOPPED_S = 10.0
 _CONTROL_POLL_S = 0.3
 _AUTH_MODE = "RAY_AUTH_MODE"
 _NOT_FOUND = "status code 404"
@@ -130,11 +131,19 @@ class RayJobServer:
                 entrypoint_resources={f"node:{record.driver_host}": 0.001},
             ),
         )
-        limit_s = time.monotonic() + _CONTROL_S
-        while not self.get(job_id).ended and time.monotonic() < limit_s:
-            time.sleep(_CONTROL_POLL_S)
-        with contextlib.suppress(RequestRefusedError):  # still waiting for its turn
+        if not self._ends_within(job_id, _CONTROL_S):
+            # Ray deletes no job that waits for its turn; when that comes, the pid may be another's
+            self.stop(job_id)
+            self._ends_within(job_id, _STOPPED_S)
+        with contextlib.suppress(RequestRefusedError):  # it waits even now
             self._ask(f"to forget {job_id}", lambda: self._client.delete_job(job_id))
+
+    def _ends_within(self, job_id: str, limit_s: float) -> bool:
+        """Wait for a job to end; returns whether it did in time."""
+        limit_at_s = time.monotonic() + limit_s
+        while not (ended := self.get(job_id).ended) and time.monotonic() < limit_at_s:
+            time.sleep(_CONTROL_POLL_S)
+        return ended
 
     def _of_job(self, job_id: str, request: Callable[[], T]) -> T:
         try:

@@ -1,10 +1,12 @@
 """What all tests of a process share, started when the first of them asks for it.
 
-A Ray cluster, an S3 server.
+A Ray cluster, an S3 server; and a disk that is soon full.
 """
 
 import os
+import subprocess
 from collections.abc import Iterator
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
@@ -31,6 +33,18 @@ def s3() -> Iterator["S3Server"]:
 
     with s3_server() as server:
         yield server
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A tmpfs of 3 MiB; needs root."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=3m", "tmpfs", str(folder)]
+    if os.geteuid() or subprocess.call(mount, stderr=subprocess.DEVNULL):
+        pytest.skip("a small tmpfs can only be mounted by root")
+    yield folder
+    subprocess.check_call(["umount", str(folder)])
 
 
 @pytest.fixture(scope="session")

@@ -5,12 +5,10 @@ overrides and error messages live in ``config_load.py``.
 """
 
 import difflib
-import re
 from typing import Annotated, Any, Final, Literal
 
 from pydantic import (
     BaseModel,
-    BeforeValidator,
     ConfigDict,
     Field,
     ValidationError,
@@ -26,19 +24,6 @@ DataFormat = Literal["auto", "text", "jsonl", "parquet", "hf", "tokens"]
 PipelineSchedule = Literal["1f1b", "interleaved", "zero_bubble"]
 
 
-def parse_size(value: Any) -> Any:
-    """'64MiB' -> 67108864; numbers, and text that is no size, pass through."""
-    if not isinstance(value, str):
-        return value
-    units = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
-    units |= {"KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "TiB": 2**40}
-    match = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?) *([KMGT]?i?B)", value.strip())
-    if match is None or match[2] not in units:
-        return value
-    return round(float(match[1]) * units[match[2]])
-
-
-Bytes = Annotated[int, BeforeValidator(parse_size), Field(ge=0)]
 Positive = Annotated[int, Field(ge=1)]
 Beta = Annotated[float, Field(ge=0, lt=1)]
 
@@ -255,8 +240,9 @@ class ParallelConfig(Section):
     """auto = CUDA where torch finds it, else CPU."""
     threads: Positive | Auto = AUTO
     """CPU threads per rank; auto = cores / ranks on this host, at least 1."""
-    timeout_s: float = Field(default=600.0, gt=0)
-    """Longest time that a collective may take before the rank gives up."""
+    timeout_s: float = Field(default=600.0, gt=0, le=1_000_000)
+    """Longest time that a collective may take before the rank gives up; clocks in nanoseconds and
+    timers in 32-bit milliseconds overflow with much more than the maximum, 11 days."""
 
 
 class CheckpointConfig(Section):

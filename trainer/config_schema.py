@@ -5,10 +5,9 @@ import types
 from collections.abc import Iterator, Sequence
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
-from pydantic import BeforeValidator
 from pydantic.fields import FieldInfo
 
-from everstep.trainer.config import RunConfig, Section, parse_size
+from everstep.trainer.config import RunConfig, Section
 
 Path = tuple[str, ...]
 
@@ -115,8 +114,6 @@ def describe(field: FieldInfo) -> str:
     section = section_of(field)
     if section is not None:
         return f"a section with the keys {', '.join(section.model_fields)}"
-    if any(isinstance(m, BeforeValidator) and m.func is parse_size for m in field.metadata):
-        return "a size in bytes such as 67108864 or 64MiB"
     return _describe(field.annotation, field.metadata)
 
 

@@ -9,6 +9,9 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+TOO_FREQUENT = ("step", "transfer")
+"""Kinds of reports that are no events: they are shown while they are new."""
+
 
 class EventLog:
     """Appends events to a file; every line is handed to the system at once.

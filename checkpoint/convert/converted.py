@@ -9,11 +9,12 @@ from everstep.checkpoint.convert.cast import FLOATS, encode
 from everstep.checkpoint.convert.errors import ConversionError
 from everstep.checkpoint.convert.plan import Plan
 from everstep.checkpoint.convert.source import Source
-from everstep.checkpoint.convert.view import Piece, Place, blocks, plan_reads
+from everstep.checkpoint.convert.view import Piece, Place, plan_reads
 from everstep.checkpoint.direct_io import ByteArray
 from everstep.checkpoint.layout import ITEM_BYTES, Box, TensorSpec
 from everstep.checkpoint.numbers import numbers
 from everstep.checkpoint.pack import StridedBytes, dense_strides
+from everstep.checkpoint.pieces import pieces
 
 SCRATCH_BYTES = 4 * 2**20
 """Of source data at a time, where it is not copied as it is."""
@@ -57,7 +58,7 @@ class Converted:
     def _compute(
         self, piece: Piece, source_dtype: str, dtype: str, name: str, target: StridedBytes
     ) -> None:
-        for box in blocks(piece.box, ITEM_BYTES[source_dtype], SCRATCH_BYTES):
+        for box in pieces(piece.box, SCRATCH_BYTES // ITEM_BYTES[source_dtype]):
             data = self._combined(piece.at(box), source_dtype, name)
             if dtype != source_dtype:
                 data = encode(numbers(source_dtype, data), dtype)

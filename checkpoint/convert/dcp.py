@@ -37,12 +37,13 @@ from everstep.checkpoint.lineage import StepId
 from everstep.checkpoint.lock import DirectoryLock
 from everstep.checkpoint.manifest import Part, build_manifest
 from everstep.checkpoint.pack import PackPlan, PackRecord, StridedBytes, plan_pack, write_pack
+from everstep.checkpoint.pieces import pieces
 from everstep.checkpoint.plain_json import Json
 from everstep.checkpoint.producer import producer
 from everstep.checkpoint.step_reader import StepReader
 from everstep.checkpoint.torch_layout import DTYPES, strided_bytes
 from everstep.checkpoint.views.dcp_contents import contents_of, dcp_objects, plain_form, spread
-from everstep.checkpoint.views.dcp_reader import dcp_metadata, object_bytes, pieces
+from everstep.checkpoint.views.dcp_reader import dcp_metadata, object_bytes
 
 PIECE_BYTES = 64 * 2**20
 PLAIN_PICKLE_BYTES = 2**22
@@ -153,7 +154,8 @@ def export_dcp(
         with _Files(folder) as files:
             for name, spec in contents.tensors.items():
                 chunks: list[ChunkStorageMetadata] = []
-                for box in pieces(spec.whole, max(1, piece_bytes // spec.item_bytes)):
+                boxes = pieces(spec.whole, max(1, piece_bytes // spec.item_bytes))
+                for box in boxes if spec.size_bytes else [spec.whole]:
                     tensor = torch.empty(box.shape, dtype=DTYPES[spec.dtype])
                     reader.fill(name, box, strided_bytes(tensor))
                     files.add(MetadataIndex(name, box.offset, len(chunks)), tensor)

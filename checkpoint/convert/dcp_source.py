@@ -13,10 +13,8 @@ import torch
 
 from everstep.checkpoint.convert.dcp_pickle import DcpFormatError, StandIn, read_metadata_file
 from everstep.checkpoint.errors import LayoutError
-from everstep.checkpoint.kernels import copy_box
 from everstep.checkpoint.layout import Box, TensorSpec
-from everstep.checkpoint.pack import StridedBytes
-from everstep.checkpoint.torch_layout import DTYPE_NAMES, live_tensor, strided_bytes
+from everstep.checkpoint.torch_layout import DTYPE_NAMES, live_tensor
 
 METADATA = ".metadata"
 MAX_OBJECT_BYTES = 2**30
@@ -67,36 +65,14 @@ class DcpSource:
             raise DcpFormatError(file, f"its content is not metadata of DCP: {e!r}") from None
         self._kept: tuple[tuple[str, Box], torch.Tensor] | None = None
 
-    def fill(self, name: str, wanted: Box, target: StridedBytes) -> None:
-        """Copy a box of a tensor into an array of the box's shape.
+    def chunk(self, name: str, box: Box) -> torch.Tensor:
+        """A stored chunk, whole; the one that was read last is kept.
 
-        The chunk that was read last is kept, so that its boxes are best asked for in a row. Whether
-        chunks cover the tensor is the caller's to check.
+        Whether chunks cover the tensor is the caller's to check.
 
         Raises:
             DcpFormatError: a file is not what the metadata say.
         """
-        for box in self.chunks[name]:
-            common = box.intersect(wanted)
-            if common is None:
-                continue
-            chunk = strided_bytes(self.chunk(name, box))
-            inside = common.relative_to(wanted)
-            begin = common.relative_to(box)
-            copy_box(
-                target.buffer,
-                target.offset_bytes + _dot(inside, target.strides_bytes),
-                target.strides_bytes,
-                chunk.buffer,
-                chunk.offset_bytes + _dot(begin, chunk.strides_bytes),
-                chunk.strides_bytes,
-                common.shape,
-                self.tensors[name].item_bytes,
-                threads=1,
-            )
-
-    def chunk(self, name: str, box: Box) -> torch.Tensor:
-        """A stored chunk, whole; the one that was read last is kept."""
         if self._kept is None or self._kept[0] != (name, box):
             self._kept = None  # before the next is read: one at a time
             self._kept = (name, box), self._load(name, box)
@@ -262,7 +238,3 @@ def _extents(value: Any) -> tuple[int, ...]:
     if not isinstance(value, tuple | list) or len(value) > 32:
         raise ValueError("a shape is none")
     return tuple(map(_natural, value))
-
-
-def _dot(index: tuple[int, ...], strides: tuple[int, ...]) -> int:
-    return sum(i * s for i, s in zip(index, strides, strict=True))

@@ -23,12 +23,12 @@ from typing import Any
 import numpy as np
 
 from everstep.checkpoint.convert.errors import SafetensorsError
-from everstep.checkpoint.convert.view import blocks
 from everstep.checkpoint.direct_io import ByteArray
 from everstep.checkpoint.errors import CheckpointError
 from everstep.checkpoint.kernels import copy_box
 from everstep.checkpoint.layout import ITEM_BYTES, Box, TensorSpec
 from everstep.checkpoint.pack import StridedBytes, dense_strides
+from everstep.checkpoint.pieces import pieces
 
 INDEX_NAME = "model.safetensors.index.json"
 MAX_HEADER_BYTES = 100 * 10**6
@@ -46,11 +46,11 @@ class SafetensorsFile:
         OSError: as the file system reports it.
     """
 
-    def __init__(self, path: Path, *, threads: int = 1) -> None:
-        self._path, self._threads = path, threads
+    def __init__(self, path: Path) -> None:
+        self._path = path
         with path.open("rb") as file:
             size = os.fstat(file.fileno()).st_size
-            self._starts, self.tensors, self.metadata = _read_header(path, file.read(8), size, file)
+            self._starts, self.tensors = _read_header(path, file.read(8), size, file)
             self._map = mmap.mmap(file.fileno(), size, prot=mmap.PROT_READ)
         self._bytes: ByteArray = np.frombuffer(self._map, np.uint8)
 
@@ -58,7 +58,7 @@ class SafetensorsFile:
         """See ``Source``."""
         spec = self.tensors[name]
         strides = dense_strides(spec.shape, spec.item_bytes)
-        for box in blocks(wanted, spec.item_bytes, _FETCH_BYTES) if wanted.size else ():
+        for box in pieces(wanted, _FETCH_BYTES // spec.item_bytes):
             first = self._starts[name] + _dot(box.offset, strides)
             last = first + _dot([n - 1 for n in box.shape], strides) + spec.item_bytes
             self._advise(_MADV_POPULATE_READ, first, last)
@@ -71,7 +71,6 @@ class SafetensorsFile:
                 strides,
                 box.shape,
                 spec.item_bytes,
-                threads=self._threads,
             )
             self._advise(mmap.MADV_DONTNEED, first, last)
 
@@ -95,19 +94,18 @@ class SafetensorsSource:
     Args:
         path: a file; or a folder, of which the index says what belongs to it, else all its files.
         with_file: tensors are named ``FILE/TENSOR``, FILE without its suffix.
-        threads: copy threads.
 
     Raises:
         SafetensorsError: a file is not valid, or not what the index says.
         CheckpointError: there are no such files.
     """
 
-    def __init__(self, path: Path, *, with_file: bool = False, threads: int = 1) -> None:
+    def __init__(self, path: Path, *, with_file: bool = False) -> None:
         self._owners: dict[str, tuple[SafetensorsFile, str]] = {}
         self._files = ExitStack()
         with ExitStack() as opened:
             for file_path, expected in _files_of(path).items():
-                file = SafetensorsFile(file_path, threads=threads)
+                file = SafetensorsFile(file_path)
                 opened.callback(file.close)
                 self._take(file, file_path, expected, with_file)
             self._files = opened.pop_all()
@@ -191,15 +189,14 @@ def _read_index(path: Path) -> dict[str, str]:
 
 def _read_header(
     path: Path, length: bytes, size: int, file: Any
-) -> tuple[dict[str, int], dict[str, TensorSpec], dict[str, str]]:
-    """(start in the file of each tensor, the tensors, the metadata)."""
+) -> tuple[dict[str, int], dict[str, TensorSpec]]:
+    """(start in the file of each tensor, the tensors)."""
     n = int.from_bytes(length, "little")
     if len(length) != 8 or n > min(MAX_HEADER_BYTES, size - 8):
         raise SafetensorsError(path, f"it has {size} bytes and says that {n} of them are a header")
     try:
         entries = json.loads(file.read(n))
-        metadata = entries.pop("__metadata__", {})
-        if not isinstance(metadata, dict):
+        if not isinstance(entries.pop("__metadata__", {}), dict):
             raise ValueError("its metadata is no mapping")
         found = [_decode_entry(name, entry) for name, entry in entries.items()]
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as e:
@@ -212,7 +209,7 @@ def _read_header(
     if 8 + n + position != size:
         raise SafetensorsError(path, f"it has {size} bytes, expected {8 + n + position}")
     starts = {spec.name: 8 + n + begin for begin, _, spec in found}
-    return starts, {spec.name: spec for _, _, spec in found}, metadata
+    return starts, {spec.name: spec for _, _, spec in found}
 
 
 def _decode_entry(name: str, entry: Any) -> tuple[int, int, TensorSpec]:

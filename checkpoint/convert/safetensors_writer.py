@@ -1,16 +1,16 @@
 """Writing tensors of a source as one safetensors file, or as a folder of several with an index."""
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from everstep.checkpoint.convert.atomic import ByteCount, block_bytes
 from everstep.checkpoint.convert.safetensors_source import INDEX_NAME
 from everstep.checkpoint.convert.source import Source, read_box
-from everstep.checkpoint.convert.view import blocks
 from everstep.checkpoint.direct_io import StreamWriter, write_durable
 from everstep.checkpoint.layout import TensorSpec
 from everstep.checkpoint.pack import STORED_AS
+from everstep.checkpoint.pieces import pieces
 
 METADATA = {"format": "pt"}
 """What transformers asks for: tensors in the layout of torch."""
@@ -36,7 +36,6 @@ def write_file(
     *,
     budget_bytes: int,
     written: ByteCount,
-    metadata: Mapping[str, str] = METADATA,
 ) -> None:
     """Write one durable file, tensor by tensor, largest items first, so that all are aligned.
 
@@ -47,9 +46,9 @@ def write_file(
     ordered = sorted(tensors, key=lambda t: (-t.item_bytes, t.name))
     most_bytes = block_bytes(budget_bytes)
     with StreamWriter(path, staging_bytes=most_bytes, buffers=2) as out:
-        out.append(_header(ordered, metadata))
+        out.append(_header(ordered))
         for tensor in ordered:
-            for box in blocks(tensor.whole, tensor.item_bytes, most_bytes):
+            for box in pieces(tensor.whole, most_bytes // tensor.item_bytes):
                 data = read_box(source, tensor.name, box)
                 out.append(data)
                 written.add(len(data))
@@ -83,8 +82,8 @@ def write_shards(
         write_durable(folder / INDEX_NAME, json.dumps(index, indent=2).encode())
 
 
-def _header(ordered: Sequence[TensorSpec], metadata: Mapping[str, str]) -> bytes:
-    entries: dict[str, object] = {"__metadata__": dict(metadata)}
+def _header(ordered: Sequence[TensorSpec]) -> bytes:
+    entries: dict[str, object] = {"__metadata__": METADATA}
     position = 0
     for tensor in ordered:
         end = position + tensor.size_bytes

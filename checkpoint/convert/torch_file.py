@@ -23,8 +23,8 @@ from everstep.checkpoint.convert.atomic import (
 )
 from everstep.checkpoint.convert.plain import What, selected
 from everstep.checkpoint.convert.source import Source, read_box
-from everstep.checkpoint.convert.view import blocks
 from everstep.checkpoint.layout import TensorSpec
+from everstep.checkpoint.pieces import pieces
 from everstep.checkpoint.step_reader import StepReader
 from everstep.checkpoint.torch_layout import DTYPES
 
@@ -100,7 +100,7 @@ def _write_storage(
     padding = -begin % _ALIGN_BYTES
     info.extra = struct.pack("<HH", _PADDING_ID, padding) + b"Z" * padding
     with archive.open(info, "w", force_zip64=True) as entry:
-        for box in blocks(tensor.whole, tensor.item_bytes, most_bytes):
+        for box in pieces(tensor.whole, most_bytes // tensor.item_bytes):
             data = read_box(source, tensor.name, box)
             entry.write(data.data)
             written.add(len(data))

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from itertools import accumulate, pairwise, product
 from typing import Literal
 
-from everstep.checkpoint.layout import Box, TensorSpec, flat_boxes
+from everstep.checkpoint.layout import Box, TensorSpec, flat_boxes, flat_index
 from everstep.checkpoint.pack import dense_strides
 
 Combine = Literal["same", "mean"]
@@ -186,7 +186,7 @@ def unflatten(view: View, shape: tuple[int, ...]) -> View:
     for piece in view.pieces:
         (begin,), (count,) = piece.box.offset, piece.box.shape
         for box in flat_boxes(shape, begin, begin + count):
-            skipped = sum(i * s for i, s in zip(box.offset, dense, strict=True)) - begin
+            skipped = flat_index(shape, box.offset) - begin
             places = tuple(
                 Place(p.tensor, p.offset + skipped * unit, tuple(s * unit for s in dense))
                 for p in piece.places
@@ -194,27 +194,6 @@ def unflatten(view: View, shape: tuple[int, ...]) -> View:
             )
             pieces.append(replace(piece, box=box, places=places))
     return View(view.dtype, shape, tuple(pieces))
-
-
-def blocks(box: Box, item_bytes: int, most_bytes: int) -> Iterator[Box]:
-    """A box in pieces of at most ``most_bytes``, contiguous and in C order; an item at least."""
-    if box.size * item_bytes <= most_bytes or not box.shape:
-        yield box
-        return
-    row_items = math.prod(box.shape[1:])
-    rows = max(1, most_bytes // (row_items * item_bytes))
-    for begin in range(0, box.shape[0], rows):
-        count = min(rows, box.shape[0] - begin)
-        part = Box(
-            (box.offset[0] + begin, *box.offset[1:]),
-            (count, *box.shape[1:]),
-        )
-        if count == 1 and row_items * item_bytes > most_bytes:
-            inner = Box(part.offset[1:], part.shape[1:])
-            for below in blocks(inner, item_bytes, most_bytes):
-                yield _below(part.offset[0], below)
-        else:
-            yield part
 
 
 def plan_reads(
@@ -262,7 +241,7 @@ def _reads(
     dense = dense_strides(shape, 1)
     if len(merged) == 1 and stride == 1:
         for box in flat_boxes(shape, offset, offset + extent):
-            skipped = sum(i * s for i, s in zip(box.offset, dense, strict=True)) - offset
+            skipped = flat_index(shape, box.offset) - offset
             yield Read(box, offset_bytes + skipped * step, tuple(s * step for s in dense))
         return
     for i in range(extent):
@@ -304,10 +283,9 @@ def _runs(piece: Piece, shape: tuple[int, ...]) -> Iterator[Piece]:
         joined, length = d, length * extents[d]
         if extents[d] != shape[d]:
             break
-    dense = dense_strides(shape, 1)
     for index in product(*map(range, extents[:joined])):
         at = [*index, *(0 for _ in extents[joined:])]
-        begin = sum((o + i) * s for o, i, s in zip(piece.box.offset, at, dense, strict=True))
+        begin = flat_index(shape, [o + i for o, i in zip(piece.box.offset, at, strict=True)])
         places = tuple(
             Place(p.tensor, p.offset + sum(i * s for i, s in zip(at, p.strides, strict=True)), (u,))
             for p, u in zip(piece.places, units, strict=True)
@@ -318,11 +296,6 @@ def _runs(piece: Piece, shape: tuple[int, ...]) -> Iterator[Piece]:
 def _unit(strides: tuple[int, ...], extents: tuple[int, ...]) -> int:
     """Distance of neighbours in C order: the stride of the last dim that has any."""
     return next((s for s, n in zip(strides[::-1], extents[::-1], strict=True) if n > 1), 1)
-
-
-def _below(index: int, box: Box) -> Box:
-    """A box of a tensor's rest, in row ``index`` of the tensor."""
-    return Box((index, *box.offset), (1, *box.shape))
 
 
 def _moved(box: Box, dim: int, by: int) -> Box:

@@ -2,7 +2,7 @@
 
 One group with one array per tensor, named like it. Arrays that are larger than a chunk keep many
 chunks in one file (``sharding_indexed``); every chunk is compressed (zstd) and has a CRC-32C. Types
-that zarr-python lacks (BF16, FP8) are unsigned numbers of the same bits; the attribute
+beyond the core of Zarr (BF16, FP8, C32) are unsigned numbers of the same bits; the attribute
 ``everstep_dtype`` of each array tells the true type. A missing chunk of numbers reads as NaN.
 """
 
@@ -31,19 +31,12 @@ from everstep.checkpoint.convert.step_source import StepSource
 from everstep.checkpoint.direct_io import write_durable
 from everstep.checkpoint.layout import Box, TensorSpec
 from everstep.checkpoint.step_reader import StepReader
+from everstep.checkpoint.views.zarr_metadata import CORE_TYPES, zarr_type
 
 DEFAULT_LEVEL = 3
 CHUNK_BYTES = 2**20
 _IN_FLIGHT = 2
 """Shards that are compressed and written while the next one is read."""
-_TYPES: dict[str, tuple[str, Any]] = {
-    "F64": ("float64", "NaN"), "F32": ("float32", "NaN"), "F16": ("float16", "NaN"),
-    "C64": ("complex64", ["NaN", "NaN"]), "BF16": ("uint16", 0x7FC0), "F8_E4M3": ("uint8", 0x7F),
-    "F8_E5M2": ("uint8", 0x7F), "I64": ("int64", 0), "I32": ("int32", 0), "I16": ("int16", 0),
-    "I8": ("int8", 0), "U64": ("uint64", 0), "U32": ("uint32", 0), "U16": ("uint16", 0),
-    "U8": ("uint8", 0), "BOOL": ("bool", False),
-}  # fmt: skip
-"""Zarr's data type and fill value."""
 
 
 def export_zarr(
@@ -68,12 +61,12 @@ def export_zarr(
         on_bytes: progress.
 
     Raises:
-        ConversionError: a tensor cannot be the name of a folder, or has a type that Zarr lacks.
+        ConversionError: a tensor's name cannot be that of a folder.
         TargetExistsError: the target is taken.
         DamagedError: a pack is not what the manifest says.
     """
     source, written = selected(reader, what, dtype), ByteCount(on_bytes)
-    problems = [p for t in source.tensors.values() if (p := _problem(t)) is not None]
+    problems = [p for name in source.tensors if (p := _problem(name)) is not None]
     if problems:
         raise ConversionError(StepSource(reader).where, problems)
     shard_bytes = block_bytes(budget_bytes) // 2  # TensorStore has copies of those in flight
@@ -120,7 +113,7 @@ def _write_array(
 ) -> None:
     chunk, shard = chunk_shapes(tensor, shard_bytes)
     array = tensorstore.open(_array_spec(folder, tensor, chunk, shard, level)).result()
-    numbers = np.dtype(_TYPES[tensor.dtype][0])
+    numbers = np.dtype(zarr_type(tensor.dtype, CORE_TYPES).name)
     pending: deque[Any] = deque()
     for box in _tiles(tensor.shape, shard):
         if len(pending) == _IN_FLIGHT:
@@ -147,16 +140,16 @@ def _array_spec(
             "index_location": "end",
         }
         codecs = [{"name": "sharding_indexed", "configuration": configuration}]
-    data_type, fill_value = _TYPES[tensor.dtype]
+    kind = zarr_type(tensor.dtype, CORE_TYPES)
     return {
         "driver": "zarr3",
         "kvstore": {"driver": "file", "path": f"{folder.absolute() / tensor.name}/"},
         "metadata": {
             "shape": tensor.shape,
-            "data_type": data_type,
+            "data_type": kind.name,
             "chunk_grid": {"name": "regular", "configuration": {"chunk_shape": shard}},
             "codecs": codecs,
-            "fill_value": fill_value,
+            "fill_value": kind.fill,
             "attributes": {"everstep_dtype": tensor.dtype},
         },
         "store_data_equal_to_fill_value": True,
@@ -171,10 +164,7 @@ def _tiles(shape: tuple[int, ...], tile: tuple[int, ...]) -> Iterator[Box]:
         yield Box(offset, tuple(rest))
 
 
-def _problem(tensor: TensorSpec) -> str | None:
-    name = tensor.name
+def _problem(name: str) -> str | None:
     if not name or name in (".", "..", "zarr.json") or "/" in name or "\0" in name:
         return f"{name!r} cannot be the name of a folder"
-    if tensor.dtype not in _TYPES:
-        return f"{name!r} is {tensor.dtype}, which Zarr lacks"
     return None

@@ -1,10 +1,8 @@
 """The reading half of the storage for torch DCP."""
 
 import io
-import math
 import os
 import uuid
-from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -23,6 +21,7 @@ from torch.futures import Future
 
 from everstep.checkpoint.errors import CheckpointError, LayoutError
 from everstep.checkpoint.layout import Box
+from everstep.checkpoint.pieces import pieces
 from everstep.checkpoint.step_reader import StepReader
 from everstep.checkpoint.torch_layout import DTYPES, strided_bytes
 from everstep.checkpoint.views import dcp_versions
@@ -166,20 +165,6 @@ def object_bytes(reader: StepReader, contents: Contents, name: str) -> bytes:
     stream = io.BytesIO()
     torch.save(plain_value(contents, name, reader.where), stream)
     return stream.getvalue()
-
-
-def pieces(box: Box, limit_items: int) -> Iterator[Box]:
-    """Boxes of at most ``limit_items`` items each that make up a box, in C order."""
-    if box.size <= limit_items:
-        yield box
-        return
-    dim = next(d for d, n in enumerate(box.shape) if n > 1)
-    width = max(1, limit_items // math.prod(box.shape[dim + 1 :]))
-    for begin in range(0, box.shape[dim], width):
-        offset, shape = list(box.offset), list(box.shape)
-        offset[dim] += begin
-        shape[dim] = min(width, box.shape[dim] - begin)
-        yield from pieces(Box(tuple(offset), tuple(shape)), limit_items)
 
 
 def _fill(reader: StepReader, item: ReadItem, target: torch.Tensor) -> None:

@@ -3,6 +3,7 @@
 import itertools
 import threading
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import fsspec
@@ -206,6 +207,28 @@ def test_a_store_that_only_looks_before_it_writes_is_refused() -> None:
     with pytest.raises(CheckpointError, match="two jobs could mix: pass single_writer=True"):
         FsspecStore("looks-first://x")
     FsspecStore("looks-first://x", single_writer=True).put("looked", b"at")
+
+
+class _CreatesOnly(_LooksFirst):
+    """As S3: the server decides. A request is answered when there are two."""
+
+    protocol = "creates-only"
+    requests = threading.Barrier(2, timeout=20)
+
+    def _pipe_file(self, path: str, value: bytes, mode: str = "overwrite") -> None:
+        super().pipe_file(path, value, mode=mode)
+
+    def pipe_file(self, path: str, value: bytes, mode: str = "overwrite") -> None:
+        self.requests.wait()
+        self._pipe_file(path, value, mode)
+
+
+def test_creations_do_not_wait_for_each_other_where_the_store_decides() -> None:
+    fsspec.register_implementation("creates-only", _CreatesOnly, clobber=True)
+    store = FsspecStore("creates-only://x")
+    with ThreadPoolExecutor(2) as pool:
+        list(pool.map(lambda key: store.put(key, b""), ["a", "b"]))
+    assert store.list() == ["a", "b"]
 
 
 def test_a_missing_bucket_is_an_error_of_one_line(request: pytest.FixtureRequest) -> None:

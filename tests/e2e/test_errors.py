@@ -1,9 +1,7 @@
 """Mistakes and accidents as a new user meets them: one clear sentence, a way out, nothing lost."""
 
-import os
 import socket
 import subprocess
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -84,20 +82,6 @@ def test_flipped_byte_is_named_and_the_older_checkpoint_still_loads(small_run: P
     )
     assert code == 0, output
     assert sorted(cli.losses(small_run / "r")) == [1, 2, 3, 4, 5, 6]
-
-
-@pytest.fixture
-def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A tmpfs of 3 MiB; needs root."""
-    folder = tmp_path / "disk"
-    folder.mkdir()
-    mounted = os.geteuid() == 0 and not subprocess.call(
-        ["mount", "-t", "tmpfs", "-o", "size=3m", "tmpfs", str(folder)], stderr=subprocess.DEVNULL
-    )
-    if not mounted:
-        pytest.skip("a small tmpfs can only be mounted by root")
-    yield folder
-    subprocess.check_call(["umount", str(folder)])
 
 
 def test_full_disk_keeps_the_last_checkpoint(small_run: Path, small_disk: Path) -> None:

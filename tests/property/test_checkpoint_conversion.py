@@ -12,7 +12,6 @@ from everstep.checkpoint.convert.converted import Converted
 from everstep.checkpoint.convert.plan import plan_extract, plan_union
 from everstep.checkpoint.convert.source import read_box
 from everstep.checkpoint.convert.spec import Spec
-from everstep.checkpoint.convert.view import blocks
 from everstep.checkpoint.layout import Box, flat_boxes
 from tests.support.conversions import (
     DTYPES,
@@ -129,15 +128,6 @@ def test_a_range_is_few_boxes_in_order(shape: tuple[int, ...], data: st.DataObje
     boxes = list(flat_boxes(shape, begin, end))
     assert len(boxes) <= max(1, 2 * len(shape) - 1)
     assert _items(numbers, boxes) == list(range(begin, end))
-
-
-@given(st.lists(st.integers(1, 6), max_size=4).map(tuple), st.integers(1, 200))
-@settings(max_examples=200, deadline=None)
-def test_blocks_keep_to_their_budget(shape: tuple[int, ...], most_bytes: int) -> None:
-    numbers = np.arange(math.prod(shape)).reshape(shape)
-    found = list(blocks(Box((0,) * len(shape), shape), 4, most_bytes))
-    assert _items(numbers, found) == list(range(numbers.size))
-    assert all(box.size * 4 <= max(most_bytes, 4) for box in found)
 
 
 def _items(numbers: np.ndarray[Any, Any], boxes: list[Box]) -> list[int]:

@@ -60,6 +60,22 @@ def test_a_variant_of_the_gpu_benchmark_that_takes_too_long_has_failed(tmp_path:
     assert "failed (exit code None): not done after" in gpu_train.words("plain", result)
 
 
+@pytest.mark.parametrize(
+    ("option", "expected"),
+    [
+        ("--blocks=1", "--blocks: got 1, expected at least 2: figures are quartiles"),
+        ("--steps=0", "--steps: got 0, expected at least 1"),
+    ],
+)
+def test_the_loop_benchmark_refuses_too_few_turns_before_it_starts(
+    option: str, expected: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["loop_overhead.py", option])
+    with pytest.raises(SystemExit, match="2"):
+        load("loop_overhead").main()
+    assert expected in capsys.readouterr().err
+
+
 def test_ratios_of_the_data_benchmark_are_of_neighbouring_turns() -> None:
     quartiles = load("data_limits").ratio_quartiles([1.0, 20.0, 3.0], [2.0, 10.0, 3.0])
     assert quartiles == [0.5, 1.0, 2.0]

@@ -8,6 +8,7 @@ import fsspec
 import pytest
 
 from tests.support.foreign import run_foreign
+from tests.support.s3_server import S3Server
 from tests.support.view_programs import definitions, programs
 from tests.support.written_steps import Cut, random_bits, torch_chunks, uneven_cuts, write_step
 
@@ -89,30 +90,25 @@ def read(name, node):
 
 
 @pytest.mark.slow
-def test_an_object_store(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    pytest.importorskip("s3fs")
-    server = pytest.importorskip("moto.server").ThreadedMotoServer(ip_address="127.0.0.1", port=0)
-    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "testing")
-    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "testing")
+def test_an_object_store(folder: Path, s3: S3Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", s3.options["key"])
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", s3.options["secret"])
     monkeypatch.setenv("AWS_DEFAULT_REGION", "us-east-1")
-    server.start()
-    try:
-        endpoint = "http://{}:{}".format(*server.get_host_and_port())
-        store = fsspec.filesystem("s3", endpoint_url=endpoint)
-        store.mkdir("bucket")
-        store.put(str(folder / "checkpoints"), "bucket/run7/checkpoints", recursive=True)
-        store.put(str(folder / "references.json"), "bucket/run7/references.json")
-        base = {
-            "driver": "s3",
-            "bucket": "bucket",
-            "endpoint": endpoint,
-            "aws_region": "us-east-1",
-            "path": f"run7/checkpoints/{STEP}/",
-        }
-        read = f"read = lambda name, node: open_tensor({base!r}, node).read().result()"
-        run_foreign(definitions("TensorStore") + read + CHECK, folder)
-        opened = programs("zarr-python", "python s3").replace("https://s3.example.org", endpoint)
-        read = "read = lambda name, node: read_tensor(group, node)"
-        run_foreign(definitions("zarr-python") + opened + read + CHECK, folder)
-    finally:
-        server.stop()
+    bucket = s3.new_url().removeprefix("s3://").partition("/")[0]
+    store = fsspec.filesystem("s3", endpoint_url=s3.endpoint)
+    store.put(str(folder / "checkpoints"), f"{bucket}/run7/checkpoints", recursive=True)
+    store.put(str(folder / "references.json"), f"{bucket}/run7/references.json")
+    base = {
+        "driver": "s3",
+        "bucket": bucket,
+        "endpoint": s3.endpoint,
+        "aws_region": "us-east-1",
+        "path": f"run7/checkpoints/{STEP}/",
+    }
+    read = f"read = lambda name, node: open_tensor({base!r}, node).read().result()"
+    run_foreign(definitions("TensorStore") + read + CHECK, folder)
+    opened = programs("zarr-python", "python s3")
+    opened = opened.replace("https://s3.example.org", s3.endpoint)
+    opened = opened.replace("s3://bucket/", f"s3://{bucket}/")
+    read = "read = lambda name, node: read_tensor(group, node)"
+    run_foreign(definitions("zarr-python") + opened + read + CHECK, folder)

@@ -1,6 +1,7 @@
 """From an entry of ``data.source`` to a list of files: local ones and URLs, folders and globs."""
 
 import glob
+import hashlib
 import os
 import platform
 import stat
@@ -65,6 +66,11 @@ class Sources:
     def is_tokens(self) -> bool:
         """Whether these files hold tokens already; never mixed with text."""
         return any(file.format in _TOKEN_FORMATS for file in self.files[:1])
+
+    @property
+    def tag(self) -> str:
+        """Names what the cache keeps of this source: 16 hex digits, made of the key."""
+        return hashlib.sha256(self.key.encode()).hexdigest()[:16]
 
 
 def entries_of(source: str | list[str] | list[SourceConfig]) -> list[SourceConfig]:

@@ -1,6 +1,5 @@
 """Tokens of one source of text, from the cache where it has them, else made now."""
 
-import hashlib
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
@@ -53,8 +52,7 @@ class TextCache:
         self._folder = folder
         self._tokenizer = tokenizer
         self._meter = meter
-        self._tag = hashlib.sha256(sources.key.encode()).hexdigest()[:16]
-        self._index_path = folder / f"index-2-{self._tag}"
+        self._index_path = folder / f"index-2-{sources.tag}"
 
     def load(self) -> tuple[Texts, TokenFile]:
         """The texts and their tokens, or DataError if they are not here."""
@@ -72,7 +70,7 @@ class TextCache:
 
     def load_or_build(self) -> tuple[Texts, TokenFile]:
         """The texts and their tokens, tokenized now if necessary."""
-        with working_alone(self._folder, self._tag):
+        with working_alone(self._folder, self._sources.tag):
             try:
                 return self._load_or_build(trust_index=True)
             except DocumentChangedError:
@@ -114,7 +112,7 @@ class TextCache:
                 key,
                 dtype,
                 self._tokenizer.tokenize(pieces),
-                self._tag,
+                self._sources.tag,
                 facts=lambda: asdict(tally) if has_rows else {},
             )
         except OSError as error:

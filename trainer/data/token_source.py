@@ -78,15 +78,14 @@ def open_token_source(sources: Sources, cache: Path, build: bool, meter: Meter) 
     Raises:
         DataError: something is missing, damaged, no token file, or of another tokenizer.
     """
-    tag = hashlib.sha256(sources.key.encode()).hexdigest()[:16]
-    checker = _Checker(cache / f"tokens-checked-{tag}", meter)
+    checker = _Checker(cache / f"tokens-checked-{sources.tag}", meter)
 
     def open_all() -> list[_Part]:
-        return [_open_file(sources, file, cache, tag, build, meter, checker) for file in files]
+        return [_open_file(sources, file, cache, build, meter, checker) for file in files]
 
     files = sources.files
     if build and any(is_url(file.path) for file in files):
-        with working_alone(cache, tag):
+        with working_alone(cache, sources.tag):
             parts = open_all()
     else:
         parts = open_all()
@@ -129,7 +128,6 @@ def _open_file(
     sources: Sources,
     file: SourceFile,
     cache: Path,
-    tag: str,
     build: bool,
     meter: Meter,
     checker: "_Checker",
@@ -137,11 +135,11 @@ def _open_file(
     if file.format == "tokens":
         folder = Path(file.path)
         if is_url(file.path):
-            folder = fetched_folder(sources.storages, file.path, cache, tag, build, meter)
+            folder = fetched_folder(sources.storages, file.path, cache, sources.tag, build, meter)
         return _open_folder(folder, checker)
     path = Path(file.path)
     if is_url(file.path):
-        path = fetched_file(sources.storages, file.path, cache, tag, build, meter)
+        path = fetched_file(sources.storages, file.path, cache, sources.tag, build, meter)
     if file.format == "npy":
         array = _map_npy(path, file.path)
     else:

@@ -21,10 +21,8 @@ from everstep.checkpoint.convert.dcp import export_dcp, import_dcp
 from everstep.checkpoint.convert.dcp_pickle import DcpFormatError, read_metadata_file
 from everstep.checkpoint.convert.dcp_source import DcpSource
 from everstep.checkpoint.errors import CheckpointError, LayoutError
-from everstep.checkpoint.layout import Box
-from everstep.checkpoint.pack import StridedBytes
 from everstep.checkpoint.step_reader import StepReader
-from everstep.checkpoint.torch_layout import DTYPE_NAMES, strided_bytes
+from everstep.checkpoint.torch_layout import DTYPE_NAMES
 from everstep.checkpoint.views.dcp import StorageReader, StorageWriter
 from everstep.checkpoint.views.dcp_contents import contents_of
 from tests.support.checkpoints import Counter, bits, fresh_state, tiny_state
@@ -140,14 +138,14 @@ def test_places_that_are_taken(tmp_path: Path) -> None:
         export_dcp(reader, source)
 
 
-def test_a_source_reads_boxes(tmp_path: Path) -> None:
+def test_a_source_reads_chunks(tmp_path: Path) -> None:
     state = _state()
     source = DcpSource(_plain(tmp_path / "plain", state))
-    found = torch.zeros(2, 5)
-    source.fill("model.t", Box((1, 1), (2, 5)), strided_bytes(found))
-    assert torch.equal(found, state["model"]["t"][1:3, 1:6])
+    (box,) = source.chunks["model.t"]
+    assert box == source.tensors["model.t"].whole
+    assert torch.equal(source.chunk("model.t", box), state["model"]["t"])
     with pytest.raises(KeyError):
-        source.fill("model.q", Box((), ()), StridedBytes(found.view(torch.uint8).numpy(), 0, ()))
+        source.chunk("model.q", box)
 
 
 class Evil:

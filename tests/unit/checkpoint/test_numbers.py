@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from everstep.checkpoint.layout import ITEM_BYTES
-from everstep.checkpoint.numbers import numbers
+from everstep.checkpoint.numbers import numbers, words
 from everstep.checkpoint.torch_layout import DTYPES
 
 PAIRS = "F4_X2"
@@ -36,3 +36,19 @@ def test_every_dtype_is_what_torch_takes_it_for(dtype: str) -> None:
 
 def test_pairs_are_their_bytes() -> None:
     assert numbers(PAIRS, np.array([0, 7, 255], np.uint8)).tolist() == [0, 7, 255]
+
+
+@pytest.mark.parametrize("item_bytes", [1, 2, 4, 8])
+def test_words_are_the_bits_of_each_element(item_bytes: int) -> None:
+    data = np.arange(48, dtype=np.uint8)
+    expected = [
+        [int.from_bytes(data[at : at + item_bytes].tobytes(), "little")]
+        for at in range(0, len(data), item_bytes)
+    ]
+    assert words(data, item_bytes).tolist() == expected
+
+
+def test_sixteen_bytes_are_two_words_low_one_first() -> None:
+    data = np.zeros(32, np.uint8)
+    data[[0, 8, 31]] = 1, 2, 128
+    assert words(data, 16).tolist() == [[1, 2], [0, 2**63]]

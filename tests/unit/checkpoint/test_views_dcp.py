@@ -28,7 +28,6 @@ from everstep.checkpoint.torch_layout import DTYPE_NAMES
 from everstep.checkpoint.views import dcp_reader, dcp_versions
 from everstep.checkpoint.views.dcp import LoadPlanner, SavePlanner, StorageReader, StorageWriter
 from everstep.checkpoint.views.dcp_contents import contents_of
-from everstep.checkpoint.views.dcp_reader import pieces
 from tests.support.checkpoints import Counter, bits, fresh_state, tiny_state
 from tests.support.dcp_states import (
     cause_of,
@@ -113,17 +112,6 @@ def test_other_dtypes_and_strides_can_be_loaded_into(
     turned = torch.zeros(3, 7, 5, dtype=torch.float64).permute(2, 1, 0)
     load_dcp(tmp_path, {"t": turned})
     assert torch.equal(turned, whole.double())
-
-
-@pytest.mark.parametrize("limit", [1, 3, 7, 50])
-def test_pieces_tile_a_box(limit: int) -> None:
-    box = Box((2, 0, 5), (3, 4, 6))
-    count = torch.zeros(8, 8, 12, dtype=torch.int64)
-    for piece in pieces(box, limit):
-        assert 0 < piece.size <= limit
-        count[tuple(slice(o, o + n) for o, n in zip(piece.offset, piece.shape, strict=True))] += 1
-    assert count.sum() == box.size
-    assert (count[2:5, 0:4, 5:11] == 1).all()
 
 
 class HalfPlanner(DefaultSavePlanner):

@@ -217,6 +217,60 @@ def test_id_taken(monkeypatch: pytest.MonkeyPatch) -> None:
         server.submit(submission)
 
 
+class ControlClient:
+    """Ray's client with one job, which does not start by itself; like Ray, it keeps one that waits.
+
+    Args:
+        status: of the job from its submission on.
+        stopped: its status after it was asked to stop.
+    """
+
+    def __init__(self, status: str, stopped: str = "STOPPED") -> None:
+        self.status, self.stopped = status, stopped
+        self.submitted: dict[str, Any] = {}
+        self.calls: list[str] = []
+
+    def submit_job(self, **job: Any) -> None:
+        self.submitted = job
+
+    def get_job_info(self, job_id: str) -> SimpleNamespace:
+        return details(submission_id=job_id, status=SimpleNamespace(value=self.status))
+
+    def stop_job(self, job_id: str) -> None:
+        self.calls.append("stop")
+        self.status = self.stopped
+
+    def delete_job(self, job_id: str) -> None:
+        assert job_id == self.submitted["submission_id"]
+        self.calls.append("delete")
+        if self.status in ("PENDING", "RUNNING"):
+            raise RuntimeError(f"Attempted to delete job '{job_id}', but it is in {self.status}.")
+
+
+def interrupt_with(monkeypatch: pytest.MonkeyPatch, client: ControlClient) -> None:
+    monkeypatch.setattr(ray_submit, "_connect", lambda address: client)
+    for limit in ("_CONTROL_S", "_STOPPED_S", "_CONTROL_POLL_S"):
+        monkeypatch.setattr(ray_submit, limit, 0.01)
+    RayJobServer("http://head:8265").interrupt(record_of(details()))
+
+
+def test_an_interrupt_is_a_job_that_is_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
+    client = ControlClient("SUCCEEDED")
+    interrupt_with(monkeypatch, client)
+    assert "kill -INT 42" in client.submitted["entrypoint"]
+    assert client.submitted["entrypoint_resources"] == {"node:10.0.0.1": 0.001}
+    assert client.calls == ["delete"]
+
+
+@pytest.mark.parametrize("stopped", ["STOPPED", "PENDING"])
+def test_an_interrupt_that_waits_for_its_turn_is_stopped(
+    monkeypatch: pytest.MonkeyPatch, stopped: str
+) -> None:
+    client = ControlClient("PENDING", stopped)
+    interrupt_with(monkeypatch, client)
+    assert client.calls == ["stop", "delete"]
+
+
 @pytest.mark.parametrize(
     "error",
     [

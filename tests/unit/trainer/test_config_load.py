@@ -128,6 +128,10 @@ def test_an_override_can_clear_an_optional_value() -> None:
             "optim.lr: got {'peak': 1}, expected a number > 0",
         ),
         (
+            f"{MINIMAL}\nparallel: {{timeout_s: 1.0e15}}",
+            "parallel.timeout_s: got 1000000000000000.0, expected a number > 0 and <= 1000000",
+        ),
+        (
             f"{MINIMAL}\nparallel: {{precision: fp16}}",
             "parallel.precision: got 'fp16', expected one of 'fp32', 'bf16'",
         ),

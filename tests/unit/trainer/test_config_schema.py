@@ -1,31 +1,16 @@
 """What the config models accept, in words, and which key was probably meant."""
 
 import pytest
-from pydantic import Field, ValidationError
+from pydantic import Field
 
-from everstep.trainer.config import Bytes, RunConfig, Section
+from everstep.trainer.config import RunConfig, Section
 from everstep.trainer.config_schema import ELSEWHERE, describe, field_at, keys, nearest_key
 
 
-class Sizes(Section):
-    """A section with a size, as later parts of the config have them."""
+class Lists(Section):
+    """A section with a list that may be absent, as none of ours has it."""
 
-    room: Bytes = 0
     names: list[str | None] = Field(default_factory=list)
-
-
-@pytest.mark.parametrize(
-    ("value", "size_bytes"),
-    [("64MiB", 2**26), ("1.5 KiB", 1536), ("2GB", 2 * 10**9), ("7B", 7), (12, 12), ("12", 12)],
-)
-def test_sizes(value: object, size_bytes: int) -> None:
-    assert Sizes.model_validate({"room": value}).room == size_bytes
-
-
-@pytest.mark.parametrize("value", ["64 MiBs", "MiB", "-1MiB", "1e3MiB", "12QB", "1iB", -1])
-def test_what_is_no_size(value: object) -> None:
-    with pytest.raises(ValidationError):
-        Sizes.model_validate({"room": value})
 
 
 @pytest.mark.parametrize(
@@ -47,9 +32,8 @@ def test_descriptions(key: str, words: str) -> None:
     assert describe(field) == words
 
 
-def test_descriptions_of_sizes_and_lists() -> None:
-    assert describe(Sizes.model_fields["room"]) == "a size in bytes such as 67108864 or 64MiB"
-    assert describe(Sizes.model_fields["names"]) == "a list of strings or nothing (null)"
+def test_descriptions_of_lists() -> None:
+    assert describe(Lists.model_fields["names"]) == "a list of strings or nothing (null)"
 
 
 def test_every_field_can_be_described() -> None:

@@ -23,6 +23,7 @@ from everstep.trainer.data import documents, open_corpus
 from everstep.trainer.data.storage import RemoteStorage, Storage, Storages, is_url
 from everstep.trainer.errors import DataError
 from tests.support.corpora import data_config, write_texts
+from tests.support.s3_server import S3Server
 
 
 def entry_config(path: str | list[str], tokenizer: str = "bytes", **fields: Any) -> DataConfig:
@@ -356,34 +357,18 @@ def test_over_http(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_an_object_store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    pytest.importorskip("s3fs")
-    server_module = pytest.importorskip("moto.server")
-    monkeypatch.setenv("TEST_S3_SECRET", "testing")
-    server = server_module.ThreadedMotoServer(ip_address="127.0.0.1", port=0)
-    server.start()
-    host, port = server.get_host_and_port()
-    options = {
-        "key": "testing",
-        "secret": "$TEST_S3_SECRET",
-        "endpoint_url": f"http://{host}:{port}",
-        "client_kwargs": {"region_name": "eu-west-1"},
-    }
-    fields: dict[str, Any] = {"storage_options": options}
-    try:
-        fs = fsspec.filesystem("s3", **{**options, "secret": "testing"})
-        fs.mkdir("bucket")
-        folder = write_texts(tmp_path / "texts")
-        fs.put(str(folder), "bucket/texts", recursive=True)
-        local = open_corpus(data_config(folder), tmp_path / "cache")
-        for path in ("s3://bucket/texts", "s3://bucket/texts/*.txt"):
-            assert (
-                open_corpus(entry_config(path, **fields), tmp_path / "cache").digest == local.digest
-            )
-        fs.pipe_file("bucket/texts/003.txt", b"another " * 60)
-        changed = open_corpus(entry_config("s3://bucket/texts", **fields), tmp_path / "cache")
-        assert changed.digest != local.digest
-        with pytest.raises(DataError, match=r"data.source: .*s3://nobucket"):
-            open_corpus(entry_config("s3://nobucket/x.txt", **fields), tmp_path / "cache")
-    finally:
-        server.stop()
+def test_an_object_store(s3: S3Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TEST_S3_SECRET", s3.options["secret"])
+    fields: dict[str, Any] = {"storage_options": {**s3.options, "secret": "$TEST_S3_SECRET"}}
+    fs = fsspec.filesystem("s3", **s3.options)
+    url = f"{s3.new_url()}/texts"
+    folder = write_texts(tmp_path / "texts")
+    fs.put(str(folder), url, recursive=True)
+    local = open_corpus(data_config(folder), tmp_path / "cache")
+    for path in (url, f"{url}/*.txt"):
+        assert open_corpus(entry_config(path, **fields), tmp_path / "cache").digest == local.digest
+    fs.pipe_file(f"{url}/003.txt", b"another " * 60)
+    changed = open_corpus(entry_config(url, **fields), tmp_path / "cache")
+    assert changed.digest != local.digest
+    with pytest.raises(DataError, match=r"data.source: .*s3://nobucket"):
+        open_corpus(entry_config("s3://nobucket/x.txt", **fields), tmp_path / "cache")

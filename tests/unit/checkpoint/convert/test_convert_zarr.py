@@ -13,9 +13,10 @@ from torch import nn
 from everstep.checkpoint.checkpointer import Checkpointer
 from everstep.checkpoint.convert import zarr_archive as archive
 from everstep.checkpoint.convert.errors import ConversionError, TargetExistsError
-from everstep.checkpoint.layout import TensorSpec
+from everstep.checkpoint.layout import ITEM_BYTES, TensorSpec
 from everstep.checkpoint.open_place import open_place
 from everstep.checkpoint.torch_state import State
+from tests.support.written_steps import Cut, random_bits, write_step
 
 MIB = 2**20
 
@@ -63,6 +64,25 @@ def test_zarr_and_tensorstore_read_it(step: Path, tmp_path: Path) -> None:
         np.testing.assert_array_equal(other.read().result(), bits.numpy())
     assert group["bf16"].attrs["everstep_dtype"] == "BF16"
     assert len(list((tmp_path / "z" / "big" / "c").rglob("*"))) > 5  # files of a bounded size
+
+
+def test_every_dtype_is_read_bit_by_bit(tmp_path: Path) -> None:
+    cuts = {dtype: Cut(dtype, random_bits((5, 3), dtype, 1)) for dtype in ITEM_BYTES}
+    write_step(tmp_path / "c", cuts)
+    with open_place(tmp_path / "c").open() as reader:
+        archive.export_zarr(reader, tmp_path / "z", budget_bytes=MIB)
+    group = zarr.open_group(tmp_path / "z", mode="r")
+    for dtype, cut in cuts.items():
+        array = group[dtype]
+        assert array.attrs["everstep_dtype"] == dtype
+        assert array[...].tobytes() == cut.bits.tobytes()
+        kvstore = {"driver": "file", "path": str(tmp_path / "z" / dtype)}
+        other = tensorstore.open({"driver": "zarr3", "kvstore": kvstore}).result()
+        assert other.read().result().tobytes() == cut.bits.tobytes()
+        (chunk,) = (p for p in (tmp_path / "z" / dtype / "c").rglob("*") if p.is_file())
+        chunk.unlink()
+        missing = array[...]
+        assert missing.dtype.kind not in "fc" or np.isnan(missing).all()
 
 
 def test_damage_is_noticed(step: Path, tmp_path: Path) -> None:
