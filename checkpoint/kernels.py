@@ -131,3 +131,49 @@ def gather_box_crc(
         block_crcs,
         threads,
     )
+
+
+def scatter_box_crc(
+    dst: NDArray[np.uint8],
+    dst_offset_bytes: int,
+    dst_strides_bytes: Sequence[int],
+    src: ByteSource,
+    src_offset_bytes: int,
+    src_strides_bytes: Sequence[int],
+    shape: Sequence[int],
+    item_bytes: int,
+    begin_bytes: int,
+    end_bytes: int,
+    stream_offset_bytes: int,
+    block_bytes: int,
+    block_crcs: NDArray[np.uint32],
+    *,
+    threads: int = 1,
+) -> None:
+    """Copies a box as `copy_box` does and checksums a range of `src` in the same pass.
+
+    All of `src[begin_bytes:end_bytes]` is checksummed, also what is not part of the box: these are
+    bytes `stream_offset_bytes` and following of a stream cut into blocks of `block_bytes`, of which
+    `block_crcs[i]` is the CRC-32C of block i so far (0 for none). What of the box is outside of the
+    range is only copied. An empty box leaves a checksum, an empty range a copy.
+
+    One pass it is where source strides are those of memory order, none of them negative, unless
+    that would write single items far from each other, as into a transposed array; otherwise two.
+    Threads divide whole blocks among them.
+    """
+    _native.scatter_box_crc(
+        dst,
+        dst_offset_bytes,
+        dst_strides_bytes,
+        src,
+        src_offset_bytes,
+        src_strides_bytes,
+        shape,
+        item_bytes,
+        begin_bytes,
+        end_bytes,
+        stream_offset_bytes,
+        block_bytes,
+        block_crcs,
+        threads,
+    )
