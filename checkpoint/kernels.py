@@ -177,3 +177,22 @@ def scatter_box_crc(
         block_crcs,
         threads,
     )
+
+
+def pages_missing(data: ByteSource) -> bool:
+    """Whether some pages of a mapped file are not in the page cache, judged by one of each MiB.
+
+    The kernel tells this (mincore) only who owns the file or may write it, from Linux 5.2 on:
+    others hear that all pages are there.
+    """
+    return _native.pages_missing(data)
+
+
+def populate_pages(data: ByteSource, *, told: bool) -> int:
+    """Brings pages of a mapped file into the page cache, and returns the error number, 0 for none.
+
+    Whoever then reads the bytes meets no error of the device, which would be a signal. EINVAL means
+    that the kernel cannot do it (MADV_POPULATE_READ came with Linux 5.14). `told` is whether the
+    kernel says the truth about which pages are missing: see `pages_missing`.
+    """
+    return _native.populate_pages(data, told)

@@ -10,6 +10,7 @@
 #include "copy.h"
 #include "crc32c.h"
 #include "dispatch.h"
+#include "pages.h"
 
 namespace nb = nanobind;
 using nb::literals::operator""_a;
@@ -75,6 +76,16 @@ void scatter_box_crc(const Target& dst, int64_t dst_offset_bytes, const Integers
                               threads);
 }
 
+bool pages_missing(const Source& data) {
+    const nb::gil_scoped_release unlocked;
+    return everstep::pages_missing(bytes_of(data));
+}
+
+int populate_pages(const Source& data, bool told) {
+    const nb::gil_scoped_release unlocked;
+    return everstep::populate_pages(bytes_of(data), told);
+}
+
 nb::dict chosen_kernels() {
     const everstep::Kernels& chosen = everstep::kernels();
     nb::dict names;
@@ -107,4 +118,6 @@ NB_MODULE(_native, module) {
                "src_strides_bytes"_a, "shape"_a, "item_bytes"_a, "begin_bytes"_a, "end_bytes"_a,
                "stream_offset_bytes"_a, "block_bytes"_a, "block_crcs"_a.noconvert(),
                "threads"_a = 1);
+    module.def("pages_missing", &pages_missing, "data"_a.noconvert());
+    module.def("populate_pages", &populate_pages, "data"_a.noconvert(), "told"_a);
 }

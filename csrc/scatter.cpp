@@ -14,8 +14,8 @@ namespace {
 
 // Rows from here on are checksummed while they are copied. Shorter ones are copied out of a piece
 // of the stream that its checksum has just brought into the first-level cache.
-constexpr int64_t kFusedRowBytes = 8 << 10;
-constexpr int64_t kPieceBytes = 16 << 10;
+constexpr int64_t kFusedRowBytes = 3 << 10;
+constexpr int64_t kPieceBytes = 4 << 10;
 // Rows shorter than this are written faster in the order of dst than in that of src.
 constexpr int64_t kScatteredRowBytes = 64;
 
