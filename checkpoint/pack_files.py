@@ -15,10 +15,7 @@ from everstep.checkpoint.errors import PackTruncatedError
 from everstep.checkpoint.kernels import pages_missing, populate_pages
 
 AHEAD = 4
-"""Ranges that are read ahead of the one in use; a walk has ranges of some 8 MiB."""
-READERS = 2
-"""Threads that read ahead, each with a buffer of ``READ_BYTES``."""
-READ_BYTES = 2**20
+"""Ranges that are fetched ahead of the one in use; a walk has ranges of some 8 MiB."""
 
 Range = tuple[int, int]
 """Begin and end in a file."""
@@ -38,19 +35,18 @@ class MappedFile:
     def __init__(self, path: Path, size_bytes: int) -> None:
         self._path = path
         try:
-            self._fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+            fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
         except FileNotFoundError:
             raise PackTruncatedError(path, "the file is missing") from None
         try:
-            found = os.fstat(self._fd)
+            found = os.fstat(fd)
             if found.st_size != size_bytes:
                 raise PackTruncatedError(
                     path, f"it has {found.st_size} bytes, expected {size_bytes}"
                 )
-            self._map = mmap.mmap(self._fd, size_bytes, prot=mmap.PROT_READ)
-        except BaseException:
-            os.close(self._fd)
-            raise
+            self._map = mmap.mmap(fd, size_bytes, prot=mmap.PROT_READ)
+        finally:
+            os.close(fd)
         # To others the kernel says of every page that it is in memory (mincore, Linux 5.2).
         owns = found.st_uid == os.geteuid()
         self._told = owns or os.access(path, os.W_OK, effective_ids=True)
@@ -64,46 +60,38 @@ class MappedFile:
             raise OSError(errno.EIO, os.strerror(errno.EIO), str(self._path))
 
     def fetch_all(self, ranges: Iterable[Range]) -> Iterator[None]:
-        """Fetch one range after the other, while threads read the next ones if they are on disk.
+        """Fetch one range after the other; a thread fetches the next ones if they are on disk.
 
-        Threads read them into buffers of their own that are then dropped: the kernel takes plain
-        reads for what they are, in large requests and large folios of the page cache. What it
-        reads for a populated or announced (MADV_WILLNEED) mapping, it reads in small ones.
+        It is one thread only, and the kernel is not asked to read ahead by itself
+        (MADV_WILLNEED): it then sees one stream, which it reads in large requests into large
+        folios of the page cache. Small ones make this load and the next ones slower.
         """
         waiting: deque[tuple[Range, Future[None] | None]] = deque()
         todo = iter(ranges)
-        pool: ThreadPoolExecutor | None = None
+        thread: ThreadPoolExecutor | None = None
         try:
             while True:
                 while len(waiting) <= AHEAD and (ahead := next(todo, None)) is not None:
-                    reading = None
+                    fetching = None
                     if pages_missing(self.data[ahead[0] : ahead[1]]):
-                        pool = pool or ThreadPoolExecutor(READERS, "everstep-read-ahead")
-                        reading = pool.submit(self._read, *ahead)
-                    waiting.append((ahead, reading))
+                        thread = thread or ThreadPoolExecutor(1, "everstep-read-ahead")
+                        fetching = thread.submit(self.fetch, *ahead)
+                    waiting.append((ahead, fetching))
                 if not waiting:
                     return
-                (begin, end), reading = waiting.popleft()
-                if reading is not None:
-                    reading.result()
-                self.fetch(begin, end)
+                (begin, end), fetching = waiting.popleft()
+                if fetching is None:
+                    self.fetch(begin, end)
+                else:
+                    fetching.result()
                 yield
         finally:
-            if pool is not None:
-                pool.shutdown(wait=True, cancel_futures=True)
-
-    def _read(self, begin: int, end: int) -> None:
-        buffer = bytearray(READ_BYTES)
-        try:
-            for at in range(begin, end, READ_BYTES):
-                os.preadv(self._fd, [memoryview(buffer)[: end - at]], at)
-        except OSError:
-            return  # fetching the range tells
+            if thread is not None:
+                thread.shutdown(wait=True, cancel_futures=True)
 
     def close(self) -> None:
         """Let go of the file."""
         del self.data, self._map
-        os.close(self._fd)
 
 
 def read_file(path: Path, size_bytes: int) -> bytes:
