@@ -4,7 +4,7 @@ import errno
 import mmap
 import os
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
@@ -59,7 +59,7 @@ class MappedFile:
         if error not in (0, errno.EINVAL):  # EINVAL: Linux before 5.14, which reads as it goes
             raise OSError(errno.EIO, os.strerror(errno.EIO), str(self._path))
 
-    def fetch_all(self, ranges: Iterable[Range]) -> Iterator[None]:
+    def fetch_all(self, ranges: Iterable[Range]) -> Generator[None, None, None]:
         """Fetch one range after the other; a thread fetches the next ones if they are on disk.
 
         It is one thread only, and the kernel is not asked to read ahead by itself
