@@ -36,7 +36,7 @@ class Extents:
     """
 
     def __init__(self, extents: Sequence[Extent], block_bytes: int) -> None:
-        self._extents, self._block_bytes = extents, block_bytes
+        self._extents, self.block_bytes = extents, block_bytes
         self._first = [0, *accumulate(-(-n // block_bytes) for _, n in extents)]
 
     @property
@@ -47,17 +47,23 @@ class Extents:
     @property
     def starts(self) -> list[int]:
         """The address of the first byte of each extent."""
-        return [block * self._block_bytes for block in self._first[:-1]]
+        return [block * self.block_bytes for block in self._first[:-1]]
 
     @property
     def end(self) -> int:
         """The address after the last byte; 0 where there are no extents."""
-        return self._first[-2] * self._block_bytes + self._extents[-1][1] if self._extents else 0
+        return self._first[-2] * self.block_bytes + self._extents[-1][1] if self._extents else 0
 
     def file_offset(self, address: int) -> int:
         """Byte offset in the file of the byte with an address."""
-        number = self._at(address // self._block_bytes)
-        return self._extents[number][0] + address - self._first[number] * self._block_bytes
+        number = self._at(address // self.block_bytes)
+        return self._extents[number][0] + address - self._first[number] * self.block_bytes
+
+    def block_end(self, block: int) -> int:
+        """The address after the last byte of a block."""
+        number = self._at(block)
+        end = self._first[number] * self.block_bytes + self._extents[number][1]
+        return min((block + 1) * self.block_bytes, end)
 
     def spans(self, first: int, stop: int) -> Iterator[Span]:
         """The blocks from ``first`` to before ``stop``, by extent."""
@@ -65,8 +71,8 @@ class Extents:
             number = self._at(first)
             until = min(stop, self._first[number + 1])
             offset, n_bytes = self._extents[number]
-            begin = (first - self._first[number]) * self._block_bytes
-            end = min((until - self._first[number]) * self._block_bytes, n_bytes)
+            begin = (first - self._first[number]) * self.block_bytes
+            end = min((until - self._first[number]) * self.block_bytes, n_bytes)
             yield Span(first, offset + begin, end - begin)
             first = until
 

@@ -131,3 +131,68 @@ def gather_box_crc(
         block_crcs,
         threads,
     )
+
+
+def scatter_box_crc(
+    dst: NDArray[np.uint8],
+    dst_offset_bytes: int,
+    dst_strides_bytes: Sequence[int],
+    src: ByteSource,
+    src_offset_bytes: int,
+    src_strides_bytes: Sequence[int],
+    shape: Sequence[int],
+    item_bytes: int,
+    begin_bytes: int,
+    end_bytes: int,
+    stream_offset_bytes: int,
+    block_bytes: int,
+    block_crcs: NDArray[np.uint32],
+    *,
+    threads: int = 1,
+) -> None:
+    """Copies a box as `copy_box` does and checksums a range of `src` in the same pass.
+
+    All of `src[begin_bytes:end_bytes]` is checksummed, also what is not part of the box: these are
+    bytes `stream_offset_bytes` and following of a stream cut into blocks of `block_bytes`, of which
+    `block_crcs[i]` is the CRC-32C of block i so far (0 for none). What of the box is outside of the
+    range is only copied. An empty box leaves a checksum, an empty range a copy.
+
+    One pass it is where source strides are those of memory order, none of them negative, unless
+    that would write single items far from each other, as into a transposed array; otherwise two.
+    Threads divide whole blocks among them.
+    """
+    _native.scatter_box_crc(
+        dst,
+        dst_offset_bytes,
+        dst_strides_bytes,
+        src,
+        src_offset_bytes,
+        src_strides_bytes,
+        shape,
+        item_bytes,
+        begin_bytes,
+        end_bytes,
+        stream_offset_bytes,
+        block_bytes,
+        block_crcs,
+        threads,
+    )
+
+
+def pages_missing(data: ByteSource) -> bool:
+    """Whether some pages of a mapped file are not in the page cache, judged by one of each MiB.
+
+    The kernel tells this (mincore) only who owns the file or may write it, from Linux 5.2 on:
+    others hear that all pages are there.
+    """
+    return _native.pages_missing(data)
+
+
+def populate_pages(data: ByteSource, *, told: bool) -> int:
+    """Brings pages of a mapped file into the page cache, and returns the error number, 0 for none.
+
+    Whoever then reads the bytes meets no error of the device, which would be a signal. EINVAL means
+    that the kernel cannot do it (MADV_POPULATE_READ came with Linux 5.14). `told` is whether the
+    kernel says the truth about which pages are missing: see `pages_missing`.
+    """
+    return _native.populate_pages(data, told)

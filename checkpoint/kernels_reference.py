@@ -88,6 +88,44 @@ def gather_box_crc(
     box = box_view(src, src_offset_bytes, src_strides_bytes, shape, item_bytes)
     piece = box.reshape(-1)[begin_bytes:end_bytes]
     dst[dst_offset_bytes : dst_offset_bytes + piece.size] = piece
+    _extend(piece, stream_offset_bytes, block_bytes, block_crcs)
+
+
+def scatter_box_crc(
+    dst: NDArray[np.uint8],
+    dst_offset_bytes: int,
+    dst_strides_bytes: Sequence[int],
+    src: NDArray[np.uint8],
+    src_offset_bytes: int,
+    src_strides_bytes: Sequence[int],
+    shape: Sequence[int],
+    item_bytes: int,
+    begin_bytes: int,
+    end_bytes: int,
+    stream_offset_bytes: int,
+    block_bytes: int,
+    block_crcs: NDArray[np.uint32],
+) -> None:
+    """Copies a box, and extends the CRC of every block of a range of `src`."""
+    copy_box(
+        dst,
+        dst_offset_bytes,
+        dst_strides_bytes,
+        src,
+        src_offset_bytes,
+        src_strides_bytes,
+        shape,
+        item_bytes,
+    )
+    _extend(src[begin_bytes:end_bytes], stream_offset_bytes, block_bytes, block_crcs)
+
+
+def _extend(
+    piece: NDArray[np.uint8],
+    stream_offset_bytes: int,
+    block_bytes: int,
+    block_crcs: NDArray[np.uint32],
+) -> None:
     at = 0
     while at < piece.size:
         block, in_block = divmod(stream_offset_bytes + at, block_bytes)

@@ -14,28 +14,19 @@ offset that the manifest gives; whatever is between them is none of the pack's b
 checksums, one per block of each fragment, are in a file of their own beside it.
 """
 
-import errno
 import json
-import mmap
-import os
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from types import TracebackType
 
 import numpy as np
 
 from everstep.checkpoint.direct_io import ByteArray, StreamWriter
-from everstep.checkpoint.errors import (
-    BlockChecksumError,
-    LayoutError,
-    PackHeaderError,
-)
-from everstep.checkpoint.extents import Extent, Extents, Span
-from everstep.checkpoint.kernels import copy_box, crc32c, crc32c_blocks, gather_box_crc
+from everstep.checkpoint.errors import LayoutError
+from everstep.checkpoint.extents import Extent, Extents
+from everstep.checkpoint.kernels import crc32c, gather_box_crc
 from everstep.checkpoint.layout import Fragment
-from everstep.checkpoint.pack_files import map_file, read_file
 from everstep.checkpoint.store import StoreWriter
 
 PACK_VERSION = "1"
@@ -50,9 +41,6 @@ STORED_AS: dict[str, tuple[str, tuple[int, ...]]] = {
     "F4_X2": ("U8", ()),
 }
 """What safetensors has no dtype for -> the dtype that its entry has, and dims after its own."""
-FETCH_BLOCKS = 4
-"""Blocks that are read and verified at a time: few enough to be in a cache when they are copied."""
-_MADV_POPULATE_READ = 22
 
 
 @dataclass(frozen=True)
@@ -266,123 +254,6 @@ def stream_pack(
         data_bytes=plan.data_bytes,
         crc32c=crc32c(table, crc32c(plan.header)),
     )
-
-
-class PackReader:
-    """Reads boxes out of a pack, verifying every block that it touches; a context manager.
-
-    Raises:
-        PackTruncatedError: the file is missing or has another size than its record.
-        PackHeaderError: header or checksum table are not what the record says.
-        OSError: as the file system reports it.
-    """
-
-    def __init__(self, path: Path, record: PackRecord, *, threads: int = 1) -> None:
-        self._path, self._blocks, self._threads = path, record.blocks, threads
-        self._map = map_file(path, record.size_bytes)
-        self._bytes: ByteArray = np.frombuffer(self._map, dtype=np.uint8)
-        self._fetch(0, record.data_start)
-        header, table_path = self._bytes[: record.data_start], path
-        if record.extents is None:
-            self._fetch(record.table_start, record.size_bytes)
-            table = self._bytes[record.table_start :].tobytes()
-        else:
-            table_path = path.with_name(path.name + TABLE_SUFFIX)
-            table = read_file(table_path, record.table_file_bytes)
-        if crc32c(table, crc32c(header)) != record.crc32c:
-            raise PackHeaderError(
-                table_path, "its header or checksum table does not match the manifest"
-            )
-        if len(table) != 4 * self._blocks.n_blocks:
-            raise PackHeaderError(path, "its checksum table has the wrong length")
-        self._expected = np.frombuffer(table, dtype="<u4")
-        self._verified = bytearray(len(self._expected))
-
-    def read_box(
-        self,
-        begin: int,
-        end: int,
-        strides_bytes: tuple[int, ...],
-        shape: tuple[int, ...],
-        item_bytes: int,
-        target: StridedBytes,
-        target_bytes: int = 0,
-    ) -> None:
-        """Copy a box out of the data into an array; see ``copy_plan.BoxCopy``.
-
-        Args:
-            begin: address of the first item of the box (see ``extents``): its byte offset in the
-                data.
-            end: address where its last item ends.
-            strides_bytes: of the box in the data; none is negative.
-            shape: items per dim; there is no 0.
-            item_bytes: bytes per item.
-            target: the array to fill; writable.
-            target_bytes: how far from its first item the first item of the box goes.
-
-        Raises:
-            BlockChecksumError: a touched block is damaged; nothing was copied.
-        """
-        self._verify(begin, end)
-        copy_box(
-            target.buffer,
-            target.offset_bytes + target_bytes,
-            target.strides_bytes,
-            self._bytes,
-            self._blocks.file_offset(begin),
-            strides_bytes,
-            shape,
-            item_bytes,
-            threads=self._threads,
-        )
-
-    def verify_all(self) -> None:
-        """Check every block."""
-        self._verify(0, self._blocks.end)
-
-    def _verify(self, begin: int, end: int) -> None:
-        first, stop = begin // BLOCK_BYTES, -(-end // BLOCK_BYTES)
-        while (first := self._verified.find(0, first, stop)) >= 0:
-            run = self._verified.find(1, first, min(stop, first + FETCH_BLOCKS))
-            run = min(stop, first + FETCH_BLOCKS) if run < 0 else run
-            for span in self._blocks.spans(first, run):
-                self._verify_span(span)
-            self._verified[first:run] = b"\1" * (run - first)
-
-    def _verify_span(self, span: Span) -> None:
-        self._fetch(span.offset, span.offset + span.n_bytes)
-        data = self._bytes[span.offset : span.offset + span.n_bytes]
-        found = crc32c_blocks(data, BLOCK_BYTES, threads=self._threads)
-        expected = self._expected[span.block : span.block + len(found)]
-        bad = np.flatnonzero(found != expected)
-        if len(bad):
-            at = int(bad[0])
-            raise BlockChecksumError(self._path, span.block + at, int(expected[at]), int(found[at]))
-
-    def _fetch(self, begin: int, end: int) -> None:
-        """Read a range of the file at once, so that an I/O error is an exception, not a SIGBUS."""
-        begin -= begin % mmap.PAGESIZE
-        try:
-            if begin < end:
-                self._map.madvise(_MADV_POPULATE_READ, begin, end - begin)
-        except OSError as e:
-            if e.errno != errno.EINVAL:  # EINVAL: Linux before 5.14, which reads as it goes
-                raise OSError(errno.EIO, os.strerror(errno.EIO), str(self._path)) from e
-
-    def close(self) -> None:
-        """Let go of the file."""
-        del self._bytes, self._map
-
-    def __enter__(self) -> "PackReader":
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.close()
 
 
 def dense_strides(shape: Sequence[int], item_bytes: int) -> tuple[int, ...]:

@@ -16,7 +16,9 @@ from everstep.checkpoint.direct_io import ByteArray
 from everstep.checkpoint.errors import CheckpointError
 from everstep.checkpoint.layout import Box
 from everstep.checkpoint.manifest import Manifest
-from everstep.checkpoint.pack import PackReader, StridedBytes, dense_strides
+from everstep.checkpoint.pack import StridedBytes, dense_strides
+from everstep.checkpoint.pack_reader import PackReader
+from everstep.checkpoint.pack_walk import PackCopy
 from everstep.checkpoint.ranged_read import RangedReader, Request
 from everstep.checkpoint.store import Folder
 
@@ -82,7 +84,7 @@ class StepReader:
     def fill_all(
         self, requests: Sequence[Request], on_bytes: Callable[[int], None] | None = None
     ) -> None:
-        """As ``fill``, for many boxes: where each byte costs a request, neighbours share one.
+        """As ``fill``, for many boxes: every pack is read once, front to back.
 
         Args:
             requests: what to fill.
@@ -92,12 +94,15 @@ class StepReader:
             self._ranged.fill(requests, on_bytes)
             return
         done_bytes = 0
-        for request in requests:
-            self._fill_mapped(request)
+
+        def told(n_bytes: int) -> None:
+            nonlocal done_bytes
+            done_bytes += n_bytes
             if on_bytes is not None:
-                item_bytes = self.manifest.tensors[request.name].spec.item_bytes
-                done_bytes += request.box.size * item_bytes
                 on_bytes(done_bytes)
+
+        for pack, copies in sorted(self._plan(requests).items()):
+            self._pack(pack).read(copies, told)
 
     def read(self, name: str, box: Box | None = None) -> ByteArray:
         """The bytes of a box of a tensor (None: of all of it), dense, in C order; as ``fill``."""
@@ -130,14 +135,20 @@ class StepReader:
     ) -> None:
         self.close()
 
-    def _fill_mapped(self, request: Request) -> None:
-        stored = self.manifest.tensors[request.name]
-        starts, item_bytes = self.manifest.starts(request.name), stored.spec.item_bytes
-        target = request.target
-        for pack, begin, end, strides, target_bytes, shape in plan_copies(
-            stored.layout, stored.packs, starts, item_bytes, request.box, target.strides_bytes
-        ):
-            self._pack(pack).read_box(begin, end, strides, shape, item_bytes, target, target_bytes)
+    def _plan(self, requests: Sequence[Request]) -> dict[int, list[PackCopy]]:
+        """The copies out of each pack."""
+        found: dict[int, list[PackCopy]] = {}
+        for request in requests:
+            stored = self.manifest.tensors[request.name]
+            starts, item_bytes = self.manifest.starts(request.name), stored.spec.item_bytes
+            target = request.target
+            for pack, begin, end, strides, target_bytes, shape in plan_copies(
+                stored.layout, stored.packs, starts, item_bytes, request.box, target.strides_bytes
+            ):
+                found.setdefault(pack, []).append(
+                    PackCopy(begin, end, strides, shape, item_bytes, target, target_bytes)
+                )
+        return found
 
     def _pack(self, number: int) -> PackReader:
         if number not in self._packs:

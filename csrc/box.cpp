@@ -132,20 +132,44 @@ void require_disjoint_elements(const char* buffer_name, std::span<const int64_t>
 
 BoxPair make_box_pair(std::span<const int64_t> dst_strides_bytes,
                       std::span<const int64_t> src_strides_bytes, std::span<const int64_t> shape,
-                      int64_t item_bytes, bool free_order) {
+                      int64_t item_bytes, Order order) {
     BoxPair box{{}, item_bytes, checked_box_bytes(shape, item_bytes)};
     if (box.total_bytes == 0) return box;
     for (size_t dim = 0; dim < shape.size(); ++dim) {
         if (shape[dim] == 1) continue;
         box.dims.push_back({shape[dim], dst_strides_bytes[dim], src_strides_bytes[dim]});
     }
-    if (free_order) {
-        std::stable_sort(box.dims.begin(), box.dims.end(), [](const Dim& a, const Dim& b) {
-            return magnitude(a.dst_stride) > magnitude(b.dst_stride);
+    if (order != Order::kShape) {
+        const auto stride = order == Order::kDst ? &Dim::dst_stride : &Dim::src_stride;
+        std::stable_sort(box.dims.begin(), box.dims.end(), [stride](const Dim& a, const Dim& b) {
+            return magnitude(a.*stride) > magnitude(b.*stride);
         });
     }
     merge_dims(box);
     return box;
+}
+
+bool ascends_in_src(const BoxPair& box) {
+    int64_t span_bytes = box.run_bytes;
+    for (size_t dim = box.dims.size(); dim-- > 0;) {
+        if (box.dims[dim].src_stride < span_bytes) return false;
+        span_bytes += box.dims[dim].src_stride * (box.dims[dim].extent - 1);
+    }
+    return true;
+}
+
+int64_t bytes_before(const BoxPair& box, int64_t src_bytes) {
+    if (src_bytes <= 0) return 0;
+    int64_t found = 0;
+    int64_t within = box.total_bytes;  // of the dimensions that are not inside of this one
+    for (const Dim& dim : box.dims) {
+        const int64_t index = src_bytes / dim.src_stride;
+        if (index >= dim.extent) return found + within;
+        within /= dim.extent;
+        found += index * within;
+        src_bytes -= index * dim.src_stride;
+    }
+    return found + std::min(src_bytes, box.run_bytes);
 }
 
 Cursor::Cursor(const BoxPair& box, int64_t begin_byte) : box_(box) {

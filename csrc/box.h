@@ -45,11 +45,20 @@ struct BoxPair {
     int64_t total_bytes;
 };
 
-// With free_order the dimensions may be visited in any order (the one that suits dst is taken),
-// otherwise the order of bytes is that of the shape, last dimension fastest.
+// In which order a pair of boxes is visited: that of the shape, last dimension fastest, or the one
+// in which the dimensions lie in memory on a side.
+enum class Order { kShape, kDst, kSrc };
+
 BoxPair make_box_pair(std::span<const int64_t> dst_strides_bytes,
                       std::span<const int64_t> src_strides_bytes, std::span<const int64_t> shape,
-                      int64_t item_bytes, bool free_order);
+                      int64_t item_bytes, Order order);
+
+// Whether the runs of the box follow each other in src, none of them before the end of another.
+bool ascends_in_src(const BoxPair& box);
+
+// How many bytes of a box that ascends in src lie before the byte of src that is src_bytes behind
+// the first one.
+int64_t bytes_before(const BoxPair& box, int64_t src_bytes);
 
 // `count` rows of `row_bytes` contiguous bytes each.
 struct Rows {

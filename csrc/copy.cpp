@@ -1,63 +1,19 @@
 #include "copy.h"
 
 #include <algorithm>
-#include <stdexcept>
 #include <string>
 #include <vector>
 
 #include "box.h"
+#include "copy_common.h"
 #include "dispatch.h"
 #include "parallel.h"
 
 namespace everstep {
 namespace {
 
-// Rows shorter than this are not worth the heads and tails of streaming stores.
-constexpr int64_t kStreamingRowBytes = 1 << 10;
 // Short rows are collected in pieces that stay in the first-level cache.
 constexpr int64_t kPieceBytes = 8 << 10;
-
-[[noreturn]] void refuse(const std::string& message) {
-    throw std::invalid_argument(message);
-}
-
-void require_threads(int64_t threads) {
-    if (threads < 1) refuse("threads is " + std::to_string(threads) + "; expected at least 1");
-}
-
-void require_block_bytes(int64_t block_bytes) {
-    if (block_bytes < 1) {
-        refuse("block_bytes is " + std::to_string(block_bytes) + "; expected at least 1");
-    }
-}
-
-int64_t length(std::span<const uint8_t> buffer) {
-    return static_cast<int64_t>(buffer.size());
-}
-
-void require_separate(std::span<const uint8_t> dst, const ByteRange& dst_range,
-                      std::span<const uint8_t> src, const ByteRange& src_range) {
-    const auto dst_base = reinterpret_cast<uintptr_t>(dst.data());
-    const auto src_base = reinterpret_cast<uintptr_t>(src.data());
-    if (dst_range.begin == dst_range.end || src_range.begin == src_range.end) return;
-    if (dst_base + static_cast<uintptr_t>(dst_range.begin) <
-            src_base + static_cast<uintptr_t>(src_range.end) &&
-        src_base + static_cast<uintptr_t>(src_range.begin) <
-            dst_base + static_cast<uintptr_t>(dst_range.end)) {
-        refuse("dst and src overlap in memory; copy through a third buffer");
-    }
-}
-
-bool streams(int64_t job_bytes) {
-    return job_bytes >= static_cast<int64_t>(kernels().streaming_bytes);
-}
-
-// Row i of several; afterwards row i + 1 is read.
-Row row_of(const Rows& rows, int64_t i, const uint8_t* src_base) {
-    const uint8_t* data = src_base + (rows.src + i * rows.src_stride);
-    const auto bytes = static_cast<size_t>(rows.row_bytes);
-    return {data, bytes, i + 1 < rows.count ? data + rows.src_stride : data + bytes};
-}
 
 void copy_range(uint8_t* dst, const uint8_t* src, const BoxPair& box, int64_t begin, int64_t end) {
     const Kernels& chosen = kernels();
@@ -193,7 +149,7 @@ void copy_box(std::span<uint8_t> dst, const Placement& dst_at, std::span<const u
     require_disjoint_elements("dst", dst_at.strides_bytes, shape, item_bytes);
     require_separate(dst, dst_range, src, src_range);
     const BoxPair box =
-        make_box_pair(dst_at.strides_bytes, src_at.strides_bytes, shape, item_bytes, true);
+        make_box_pair(dst_at.strides_bytes, src_at.strides_bytes, shape, item_bytes, Order::kDst);
     if (box.total_bytes == 0) return;
 
     uint8_t* dst_first = dst.data() + dst_at.offset_bytes;
@@ -228,37 +184,26 @@ void gather_box_crc(std::span<uint8_t> dst, int64_t dst_offset_bytes, std::span<
         refuse(std::to_string(bytes) + " bytes at offset " + std::to_string(dst_offset_bytes) +
                " do not fit into dst of " + std::to_string(length(dst)) + " bytes");
     }
-    int64_t stream_end = 0;
-    if (stream.position_bytes < 0 ||
-        __builtin_add_overflow(stream.position_bytes, bytes, &stream_end)) {
-        refuse("the stream position " + std::to_string(stream.position_bytes) + " is out of range");
-    }
+    const BlockRange touched = checked_blocks(stream, bytes);
     if (bytes == 0) return;
-    const int64_t first_block = stream.position_bytes / stream.block_bytes;
-    const int64_t blocks = (stream_end - 1) / stream.block_bytes - first_block + 1;
-    if (first_block + blocks > static_cast<int64_t>(stream.crcs.size())) {
-        refuse("the bytes end in block " + std::to_string(first_block + blocks - 1) +
-               " of the stream, but there is room for " + std::to_string(stream.crcs.size()) +
-               " checksums");
-    }
     require_separate(dst, {dst_offset_bytes, dst_offset_bytes + bytes}, src, src_range);
 
     const std::vector<int64_t> dst_strides = contiguous_strides(shape, item_bytes);
-    const BoxPair box = make_box_pair(dst_strides, src_at.strides_bytes, shape, item_bytes, false);
+    const BoxPair box =
+        make_box_pair(dst_strides, src_at.strides_bytes, shape, item_bytes, Order::kShape);
     const uint8_t* src_first = src.data() + src_at.offset_bytes;
-    const int64_t parts = std::min(blocks, useful_threads(threads, bytes));
+    const int64_t parts = std::min(touched.count, useful_threads(threads, bytes));
     run_parts(parts, [&](int64_t part) {
-        const int64_t block_begin = first_block + blocks * part / parts;
-        const int64_t block_end = first_block + blocks * (part + 1) / parts;
-        int64_t at = std::max(stream.position_bytes, block_begin * stream.block_bytes);
+        const BlockRange mine = touched.part(part, parts);
+        int64_t at = mine.first_byte(stream);
         Gatherer gatherer(dst.data(), dst_offset_bytes - range_begin, src_first, box,
                           range_begin + (at - stream.position_bytes), streams(bytes));
-        for (int64_t block = block_begin; block < block_end; ++block) {
-            const int64_t left_in_block = stream.block_bytes - (at - block * stream.block_bytes);
-            const int64_t piece = std::min(left_in_block, stream_end - at);
+        for (int64_t block = mine.first; block < mine.end(); ++block) {
+            const int64_t end =
+                std::min((block + 1) * stream.block_bytes, stream.position_bytes + bytes);
             uint32_t& crc = stream.crcs[static_cast<size_t>(block)];
-            crc = gatherer.extend(crc, piece);
-            at += piece;
+            crc = gatherer.extend(crc, end - at);
+            at = end;
         }
         gatherer.finish();
     });

@@ -23,9 +23,9 @@ void copy_box(std::span<uint8_t> dst, const Placement& dst_at, std::span<const u
               const Placement& src_at, std::span<const int64_t> shape, int64_t item_bytes,
               int64_t threads);
 
-// A stream of bytes cut into blocks, each with a CRC-32C that grows as the stream is written.
+// A stream of bytes cut into blocks, each with a CRC-32C that grows with the stream.
 struct BlockStream {
-    int64_t position_bytes;  // of the first byte that the call writes
+    int64_t position_bytes;  // of the first byte that the call checksums
     int64_t block_bytes;
     std::span<uint32_t> crcs;  // crcs[i] belongs to block i of the stream, 0 before its first byte
 };
@@ -36,5 +36,14 @@ void gather_box_crc(std::span<uint8_t> dst, int64_t dst_offset_bytes, std::span<
                     const Placement& src_at, std::span<const int64_t> shape, int64_t item_bytes,
                     int64_t range_begin, int64_t range_end, const BlockStream& stream,
                     int64_t threads);
+
+// Copies a box as copy_box does, and extends the CRC of every block that bytes
+// [range_begin, range_end) of src fall into, whether or not they belong to the box: in one pass
+// where the box can be copied in the order of src. Bytes of the box outside of the range are only
+// copied.
+void scatter_box_crc(std::span<uint8_t> dst, const Placement& dst_at, std::span<const uint8_t> src,
+                     const Placement& src_at, std::span<const int64_t> shape, int64_t item_bytes,
+                     int64_t range_begin, int64_t range_end, const BlockStream& stream,
+                     int64_t threads);
 
 }  // namespace everstep

@@ -10,6 +10,7 @@
 #include "copy.h"
 #include "crc32c.h"
 #include "dispatch.h"
+#include "pages.h"
 
 namespace nb = nanobind;
 using nb::literals::operator""_a;
@@ -63,6 +64,28 @@ void gather_box_crc(const Target& dst, int64_t dst_offset_bytes, const Source& s
                              threads);
 }
 
+void scatter_box_crc(const Target& dst, int64_t dst_offset_bytes, const Integers& dst_strides_bytes,
+                     const Source& src, int64_t src_offset_bytes, const Integers& src_strides_bytes,
+                     const Integers& shape, int64_t item_bytes, int64_t begin_bytes,
+                     int64_t end_bytes, int64_t stream_offset_bytes, int64_t block_bytes,
+                     const Checksums& block_crcs, int64_t threads) {
+    const nb::gil_scoped_release unlocked;
+    everstep::scatter_box_crc(bytes_of(dst), {dst_offset_bytes, dst_strides_bytes}, bytes_of(src),
+                              {src_offset_bytes, src_strides_bytes}, shape, item_bytes, begin_bytes,
+                              end_bytes, {stream_offset_bytes, block_bytes, values_of(block_crcs)},
+                              threads);
+}
+
+bool pages_missing(const Source& data) {
+    const nb::gil_scoped_release unlocked;
+    return everstep::pages_missing(bytes_of(data));
+}
+
+int populate_pages(const Source& data, bool told) {
+    const nb::gil_scoped_release unlocked;
+    return everstep::populate_pages(bytes_of(data), told);
+}
+
 nb::dict chosen_kernels() {
     const everstep::Kernels& chosen = everstep::kernels();
     nb::dict names;
@@ -90,4 +113,11 @@ NB_MODULE(_native, module) {
                "src"_a.noconvert(), "src_offset_bytes"_a, "src_strides_bytes"_a, "shape"_a,
                "item_bytes"_a, "begin_bytes"_a, "end_bytes"_a, "stream_offset_bytes"_a,
                "block_bytes"_a, "block_crcs"_a.noconvert(), "threads"_a = 1);
+    module.def("scatter_box_crc", &scatter_box_crc, "dst"_a.noconvert(), "dst_offset_bytes"_a,
+               "dst_strides_bytes"_a, "src"_a.noconvert(), "src_offset_bytes"_a,
+               "src_strides_bytes"_a, "shape"_a, "item_bytes"_a, "begin_bytes"_a, "end_bytes"_a,
+               "stream_offset_bytes"_a, "block_bytes"_a, "block_crcs"_a.noconvert(),
+               "threads"_a = 1);
+    module.def("pages_missing", &pages_missing, "data"_a.noconvert());
+    module.def("populate_pages", &populate_pages, "data"_a.noconvert(), "told"_a);
 }

@@ -170,6 +170,52 @@ void test_gather(const RandomBox& box, int64_t threads) {
     require(crcs == expected_crcs, "checksums of gather_box_crc");
 }
 
+// All of src is a stream that is checksummed in two calls; the box is copied by one of them into a
+// C-ordered destination, whose dimensions are reversed in every other round.
+void test_scatter(const RandomBox& box, bool reversed, int64_t threads) {
+    const auto total = static_cast<int64_t>(box.src.size());
+    const int64_t cut = random_between(0, total);
+    const int64_t block_bytes = random_between(1, 1 + total / 2);
+    const int64_t position = random_between(0, 3 * block_bytes);
+    std::vector<int64_t> strides(box.shape.size());
+    int64_t stride = box.item_bytes;
+    for (size_t i = 0; i < strides.size(); ++i) {
+        const size_t dim = reversed ? i : strides.size() - 1 - i;
+        strides[dim] = stride;
+        stride *= box.shape[dim];
+    }
+    Bytes dst(box.flat.size() + 70, 0xA5);
+    Bytes expected_dst = dst;
+    everstep::copy_box(expected_dst, {7, strides}, box.src, {box.src_offset, box.src_strides},
+                       box.shape, box.item_bytes, 1);
+    std::vector<uint32_t> crcs(static_cast<size_t>((position + total) / block_bytes + 1), 0);
+    std::vector<uint32_t> expected_crcs = crcs;
+    for (int64_t at = 0; at < total;) {
+        const int64_t block = (position + at) / block_bytes;
+        const int64_t stop = std::min(total, (block + 1) * block_bytes - position);
+        expected_crcs[static_cast<size_t>(block)] =
+            everstep::crc32c_portable(0, box.src.data() + at, static_cast<size_t>(stop - at));
+        at = stop;
+    }
+    const std::vector<int64_t> none = {0};
+    const std::vector<int64_t> one = {1};
+    const bool first = random_between(0, 1) == 0;
+    for (const bool front : {true, false}) {
+        const int64_t begin = front ? 0 : cut;
+        const everstep::BlockStream stream{position + begin, block_bytes, crcs};
+        if (front == first) {
+            everstep::scatter_box_crc(dst, {7, strides}, box.src, {box.src_offset, box.src_strides},
+                                      box.shape, box.item_bytes, begin, front ? cut : total, stream,
+                                      threads);
+        } else {
+            everstep::scatter_box_crc(dst, {0, one}, box.src, {0, one}, none, 1, begin,
+                                      front ? cut : total, stream, threads);
+        }
+    }
+    require(dst == expected_dst, "bytes of scatter_box_crc");
+    require(crcs == expected_crcs, "checksums of scatter_box_crc");
+}
+
 void test_copy_box(const RandomBox& box, int64_t threads) {
     // A C-ordered destination with a gap after every innermost row, visited through copy_box.
     const int64_t inner = box.shape.empty() ? 1 : box.shape.back();
@@ -221,11 +267,13 @@ int main() {
         const RandomBox box = random_box(false);
         test_gather(box, 1 + round % 2);
         test_copy_box(box, 1 + round % 2);
+        test_scatter(box, round % 4 < 2, 1 + round % 2);
     }
     for (int round = 0; round < 6; ++round) {
         const RandomBox box = random_box(true);
         test_gather(box, 1 + round % 2);
         test_copy_box(box, 1 + round % 2);
+        test_scatter(box, round % 4 < 2, 1 + round % 2);
     }
     test_refusals();
     std::printf("selftest: boxes: ok\n");

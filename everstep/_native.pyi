@@ -38,3 +38,21 @@ def gather_box_crc(
     block_crcs: NDArray[np.uint32],
     threads: int = 1,
 ) -> None: ...
+def scatter_box_crc(
+    dst: NDArray[np.uint8],
+    dst_offset_bytes: int,
+    dst_strides_bytes: Sequence[int],
+    src: _Source,
+    src_offset_bytes: int,
+    src_strides_bytes: Sequence[int],
+    shape: Sequence[int],
+    item_bytes: int,
+    begin_bytes: int,
+    end_bytes: int,
+    stream_offset_bytes: int,
+    block_bytes: int,
+    block_crcs: NDArray[np.uint32],
+    threads: int = 1,
+) -> None: ...
+def pages_missing(data: _Source) -> bool: ...
+def populate_pages(data: _Source, told: bool) -> int: ...

@@ -21,7 +21,8 @@ from everstep.checkpoint.manifest import (
     decode_manifest,
     encode_manifest,
 )
-from everstep.checkpoint.pack import PackReader, StridedBytes, plan_pack, write_pack
+from everstep.checkpoint.pack import StridedBytes, plan_pack, write_pack
+from everstep.checkpoint.pack_reader import PackReader
 from everstep.checkpoint.reshard import plan_load, plan_save
 from everstep.checkpoint.step_reader import StepReader
 from tests.support.fragments import grid_of

@@ -1,7 +1,9 @@
 """Boxes of packs read one by one, planned as slowly as the format is described."""
 
 from everstep.checkpoint.layout import Box, Fragment
-from everstep.checkpoint.pack import PackReader, StridedBytes, dense_strides
+from everstep.checkpoint.pack import StridedBytes, dense_strides
+from everstep.checkpoint.pack_reader import PackReader
+from everstep.checkpoint.pack_walk import PackCopy
 
 
 def read_box(
@@ -17,4 +19,5 @@ def read_box(
     strides = dense_strides(fragment.box.shape, item_bytes)
     begin = start + sum(i * s for i, s in zip(box.relative_to(fragment.box), strides, strict=True))
     last = begin + sum((n - 1) * s for n, s in zip(box.shape, strides, strict=True))
-    reader.read_box(begin, last + item_bytes, strides, box.shape, item_bytes, target, target_bytes)
+    end = last + item_bytes
+    reader.read([PackCopy(begin, end, strides, box.shape, item_bytes, target, target_bytes)])

@@ -26,7 +26,7 @@ from everstep.checkpoint.errors import (
 )
 from everstep.checkpoint.lineage import StepId
 from everstep.checkpoint.manifest import Manifest, decode_manifest
-from everstep.checkpoint.pack import PackReader
+from everstep.checkpoint.pack_reader import PackReader
 from everstep.checkpoint.torch_state import State
 from tests.support.checkpoints import Counter, packs
 

@@ -22,12 +22,12 @@ from everstep.checkpoint.lineage import StepId
 from everstep.checkpoint.manifest import Manifest, decode_manifest, decode_part, encode_manifest
 from everstep.checkpoint.pack import (
     BLOCK_BYTES,
-    PackReader,
     StridedBytes,
     dense_strides,
     plan_pack,
     write_pack,
 )
+from everstep.checkpoint.pack_reader import PackReader
 from everstep.checkpoint.ranged_plan import Window
 from everstep.checkpoint.ranged_read import Request
 from everstep.checkpoint.records import encode_record
