@@ -74,8 +74,8 @@ def copy_box(
     """Copies a box of `shape` items of `item_bytes` each from `src` to `dst`.
 
     Offsets are those of the item with index zero in every dimension. The two boxes must not overlap
-    in memory, items of `dst` must not overlap each other. Copies larger than the second-level cache
-    go around the caches where rows are long enough.
+    in memory, items of `dst` must not overlap each other. Copies of some size go around the
+    caches where rows are long enough: what is copied is taken to be part of a large state.
     """
     _native.copy_box(
         dst,

@@ -13,6 +13,7 @@ from everstep.checkpoint.kernels import crc32c, scatter_box_crc
 from everstep.checkpoint.pack import TABLE_SUFFIX, PackRecord, StridedBytes
 from everstep.checkpoint.pack_files import MappedFile, read_file
 from everstep.checkpoint.pack_walk import (
+    WINDOW_BYTES,
     PackCopy,
     Step,
     Window,
@@ -75,7 +76,12 @@ class PackReader:
             BlockChecksumError: a touched block is damaged; the arrays may be filled all the same.
             OSError: the file cannot be read; part of the arrays may be filled.
         """
-        parts = [part for copy in copies for part in split_copy(copy)]
+        parts: list[PackCopy] = []
+        for copy in copies:
+            if copy.end - copy.begin <= WINDOW_BYTES:
+                parts.append(copy)
+            else:
+                parts += split_copy(copy)
         parts.sort(key=lambda part: part.begin)
         steps = plan_steps(parts, self._blocks, self._verified)
         self._walk(plan_windows(steps, self._blocks), on_bytes)

@@ -40,7 +40,11 @@ class PackCopy(NamedTuple):
 
 
 class Step(NamedTuple):
-    """Checksum a range of addresses, which may be empty, and copy a box, if there is one."""
+    """Checksum a range of addresses, which may be empty, and copy a box, if there is one.
+
+    What the range has before the box, nobody wants; what the box has before the range, another
+    step checksums, or none.
+    """
 
     begin: int
     end: int
@@ -102,9 +106,6 @@ def plan_steps(copies: Iterable[PackCopy], blocks: Extents, verified: bytearray)
             if at < until:
                 yield Step(at, until, None)
             at = need * size
-        if at < copy.begin:
-            yield Step(at, copy.begin, None)
-            at = copy.begin
         end = min(copy.end, stop * size)
         if end > at:
             yield Step(at, end, copy)
@@ -131,21 +132,24 @@ def plan_windows(
 ) -> list[Window]:
     """Steps that read neighbouring bytes together, until these are ``limit_bytes``."""
     windows: list[Window] = []
+    begin = end = 0  # of the window that is growing: its bytes in the file
+    growing: list[Step] = []
     for step in steps:
-        begin, end = step.begin, step.end
+        low, high = step.begin, step.end
         if step.copy is not None:
-            if begin == end:
-                begin, end = step.copy.begin, step.copy.end
+            if low == high:
+                low, high = step.copy.begin, step.copy.end
             else:
-                begin, end = min(begin, step.copy.begin), max(end, step.copy.end)
-        first = blocks.file_offset(begin)
-        last = first + end - begin
-        if windows:
-            window = windows[-1]
-            joined = max(window.end, last)
-            if window.begin <= first <= window.end and joined - window.begin <= limit_bytes:
-                windows[-1] = window._replace(end=joined)
-                window.steps.append(step)
-                continue
-        windows.append(Window(first, last, [step]))
+                low, high = min(low, step.copy.begin), max(high, step.copy.end)
+        first = blocks.file_offset(low)
+        last = first + high - low
+        if growing and begin <= first <= end and max(end, last) - begin <= limit_bytes:
+            end = max(end, last)
+            growing.append(step)
+            continue
+        if growing:
+            windows.append(Window(begin, end, growing))
+        begin, end, growing = first, last, [step]
+    if growing:
+        windows.append(Window(begin, end, growing))
     return windows

@@ -1,7 +1,5 @@
 #include "dispatch.h"
 
-#include <unistd.h>
-
 #include <algorithm>
 #include <cstdlib>
 #include <cstring>
@@ -31,19 +29,6 @@ void plain_copy(uint8_t* dst, const Row& src) {
 
 void no_fence() {}
 
-// Past the size of the second-level cache the destination would push out what it is copied from.
-size_t second_level_cache_bytes() {
-    constexpr long kSmallest = 256L << 10;
-    constexpr long kUsual = 1L << 20;
-    constexpr long kLargest = 4L << 20;
-#if defined(_SC_LEVEL2_CACHE_SIZE)
-    const long found = sysconf(_SC_LEVEL2_CACHE_SIZE);
-#else
-    const long found = 0;
-#endif
-    return static_cast<size_t>(found > 0 ? std::clamp(found, kSmallest, kLargest) : kUsual);
-}
-
 #if defined(__aarch64__)
 bool arm_has_crc() {
 #if defined(__linux__)
@@ -65,7 +50,6 @@ Kernels choose() {
         .streaming_copy = plain_copy,
         .streaming_copy_crc32c = copy_crc32c,
         .streaming_fence = no_fence,
-        .streaming_bytes = second_level_cache_bytes(),
     };
     if (environment_says("EVERSTEP_PORTABLE_KERNELS", false)) return chosen;
 #if defined(__x86_64__)

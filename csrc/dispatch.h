@@ -26,9 +26,6 @@ struct Kernels {
     void (*streaming_copy)(uint8_t* dst, const Row& src);
     uint32_t (*streaming_copy_crc32c)(uint32_t crc, uint8_t* dst, const Row& src);
     void (*streaming_fence)();
-
-    // Copies of at least this size in one job go around the caches.
-    size_t streaming_bytes;
 };
 
 // Decided on the first call. In the environment, EVERSTEP_PORTABLE_KERNELS=1 forces portable code
