@@ -2,7 +2,7 @@
 
     python benchmarks/checkpoint_io.py [--quick] --json OUT [--plot PNG] [--folder DIR]
 
-About 300 float32 tensors, 1 GB (``--quick``: 0.27 GB), on four gloo ranks of this machine or on
+About 300 float32 tensors, 2 GB (``--quick``: 0.27 GB), on four gloo ranks of this machine or on
 one. Every way to save or load takes one turn per round; each round begins elsewhere in the list,
 and every second goes through it backwards. The round before the first is not counted: it makes the
 files, and checks every item that each way loads.
@@ -129,7 +129,7 @@ def progress(text: str, last: bool) -> None:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0] if __doc__ else None)
-    parser.add_argument("--quick", action="store_true", help="a quarter of the bytes, 3 rounds")
+    parser.add_argument("--quick", action="store_true", help="an eighth of the bytes, 3 rounds")
     parser.add_argument("--tiny", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--rounds", type=int, help="turns of each way (5; 3 with --quick)")
     parser.add_argument("--json", type=Path, help="where to write the result")

@@ -4,6 +4,8 @@ import time
 from collections.abc import Callable
 from typing import TypeVar
 
+from everstep.checkpoint.collector import collector_paused
+from everstep.checkpoint.copy_plan import BoxCopy, plan_copies
 from everstep.checkpoint.layout import Box, Grid, TensorSpec
 from everstep.checkpoint.manifest import (
     Manifest,
@@ -11,8 +13,12 @@ from everstep.checkpoint.manifest import (
     decode_manifest,
     encode_manifest,
 )
-from everstep.checkpoint.pack import BLOCK_BYTES, DATA_ALIGN_BYTES, PackRecord
-from everstep.checkpoint.reshard import plan_load
+from everstep.checkpoint.pack import (
+    BLOCK_BYTES,
+    DATA_ALIGN_BYTES,
+    PackRecord,
+    dense_strides,
+)
 
 SAVED_RANKS = 64
 ROWS, COLUMNS = 4096, 1024
@@ -63,18 +69,23 @@ def time_plan(tensors: int) -> dict[str, float]:
     manifest, decode_s = _timed(lambda: decode_manifest(data, "manifest.json"))
     shape = (ROWS // WANTED_ROWS, COLUMNS // WANTED_COLUMNS)
     wanted = Box((2 * shape[0], 1 * shape[1]), shape)
-    copies, plan_s = _timed(
-        lambda: [
-            plan_load(
+    strides = dense_strides(shape, 2)
+
+    @collector_paused()  # as a load does
+    def plan() -> list[list[BoxCopy]]:
+        return [
+            plan_copies(
                 stored.layout,
                 stored.packs,
                 manifest.starts(name),
                 stored.spec.item_bytes,
                 wanted,
+                strides,
             )
             for name, stored in manifest.tensors.items()
         ]
-    )
+
+    copies, plan_s = _timed(plan)
     found = sum(map(len, copies))
     if found != tensors * SAVED_RANKS // WANTED_ROWS:
         raise AssertionError(f"{found} copies for {tensors} tensors")

@@ -41,7 +41,7 @@ class Size:
         return 4 * sum(math.prod(shape) for shape in self.shapes().values())
 
 
-FULL = Size(dim=768, ffn_dim=2048, layers=33, vocab=16384)
+FULL = Size(dim=1024, ffn_dim=2816, layers=33, vocab=32000)
 QUICK = Size(dim=384, ffn_dim=1024, layers=33, vocab=12288)
 TINY = Size(dim=16, ffn_dim=32, layers=2, vocab=64)
 

@@ -49,9 +49,8 @@ from torch.distributed.checkpoint.hf_storage import (
 
 from everstep.checkpoint.checkpointer import Checkpointer
 from everstep.checkpoint.commit import CheckpointDirectory
+from everstep.checkpoint.copy_plan import plan_copies
 from everstep.checkpoint.kernels import copy_box
-from everstep.checkpoint.pack import dense_strides
-from everstep.checkpoint.reshard import plan_load
 from everstep.checkpoint.torch_collective import ProcessGroupCollective
 from everstep.checkpoint.torch_layout import strided_bytes
 from everstep.checkpoint.torch_state import State, tensors_of
@@ -210,22 +209,21 @@ def everstep_unchecked(worker: Worker, held: Held, path: Path, step: int) -> Non
         stored, wanted = manifest.tensors[name], tensor.fragment.box
         item_bytes, starts = stored.spec.item_bytes, manifest.starts(name)
         target = strided_bytes(tensor.local)
-        for copy in plan_load(stored.layout, stored.packs, starts, item_bytes, wanted):
+        for copy in plan_copies(
+            stored.layout, stored.packs, starts, item_bytes, wanted, target.strides_bytes
+        ):
             if copy.pack not in packs:
                 record = manifest.packs[copy.pack]
                 file = directory.step_path(step_id) / record.file
                 packs[copy.pack] = np.memmap(file, np.uint8, "r")[record.data_start :]
-            strides = dense_strides(copy.cell.shape, item_bytes)
-            inside = zip(copy.box.relative_to(copy.cell), strides, strict=True)
-            outside = zip(copy.box.relative_to(wanted), target.strides_bytes, strict=True)
             copy_box(
                 target.buffer,
-                target.offset_bytes + sum(i * s for i, s in outside),
+                target.offset_bytes + copy.target_bytes,
                 target.strides_bytes,
                 packs[copy.pack],
-                copy.start + sum(i * s for i, s in inside),
-                strides,
-                copy.box.shape,
+                copy.begin,
+                copy.strides_bytes,
+                copy.shape,
                 item_bytes,
             )
 

@@ -14,6 +14,7 @@ from itertools import islice
 import numpy as np
 from numpy.typing import NDArray
 
+from everstep.checkpoint.collector import collector_paused
 from everstep.checkpoint.direct_io import ByteArray
 from everstep.checkpoint.errors import BlockChecksumError, PackHeaderError, PackTruncatedError
 from everstep.checkpoint.kernels import copy_box, crc32c, crc32c_blocks
@@ -56,6 +57,7 @@ class RangedReader:
         self.tables: dict[int, NDArray[np.uint32]] = {}
         """For each pack that was opened, the checksums of its blocks."""
 
+    @collector_paused()
     def plan(self, requests: Sequence[Request]) -> dict[int, list[Piece]]:
         """For each pack that is needed, the pieces to copy out of it, ascending by their end."""
         found: dict[int, list[Piece]] = {}

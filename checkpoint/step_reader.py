@@ -11,6 +11,7 @@ from types import TracebackType
 
 import numpy as np
 
+from everstep.checkpoint.collector import collector_paused
 from everstep.checkpoint.copy_plan import plan_copies
 from everstep.checkpoint.direct_io import ByteArray
 from everstep.checkpoint.errors import CheckpointError
@@ -135,6 +136,7 @@ class StepReader:
     ) -> None:
         self.close()
 
+    @collector_paused()
     def _plan(self, requests: Sequence[Request]) -> dict[int, list[PackCopy]]:
         """The copies out of each pack."""
         found: dict[int, list[PackCopy]] = {}
