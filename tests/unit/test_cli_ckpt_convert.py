@@ -9,9 +9,11 @@ import torch
 import torch.distributed.checkpoint as dcp
 from safetensors.numpy import load_file
 
+from everstep.checkpoint.commit import CheckpointDirectory
 from everstep.checkpoint.lineage import StepId
 from everstep.ckpt_convert import EXPORTS, IMPORTS
 from tests.support.ckpt_runs import Ckpt, arrays, ckpt, manifest_of, run
+from tests.support.stored import save_arrays
 
 __all__ = ["ckpt", "run"]
 FORTY = arrays(40.0)
@@ -108,6 +110,25 @@ def test_what_cannot_be_is_told_in_one_sentence(run: Path, tmp_path: Path, ckpt:
         assert words in ckpt.errors
     assert not Path("x").exists()
     assert (tmp_path / "taken").read_text() == ""
+
+
+@pytest.mark.parametrize("to", [name for name in EXPORTS if name != "hf"])
+def test_a_full_disk_is_told_in_one_sentence_and_nothing_is_left(
+    to: str, small_disk: Path, tmp_path: Path, ckpt: Ckpt
+) -> None:
+    directory = CheckpointDirectory(tmp_path / "large")
+    directory.create_generation(None, {"rank": 1})
+    random = np.random.default_rng(0)  # does not compress
+    large = {f"model.{i}": random.integers(0, 2**32, 2**18, np.uint32) for i in range(4)}
+    save_arrays(directory, StepId(1, 1), large)
+    if to == "zarr-references":
+        (small_disk / "full").write_bytes(bytes(3 * 2**20))
+    ckpt("export", tmp_path / "large", small_disk / "x", "--to", to, code=1)
+    assert ckpt.errors == (
+        f"error: {small_disk / 'x'} cannot be written: No space left on device; nothing of it was "
+        "kept: make room, or choose another place\n"
+    )
+    assert {path.name for path in small_disk.iterdir()} <= {"full"}
 
 
 def test_help_names_every_format(ckpt: Ckpt) -> None:
