@@ -34,7 +34,7 @@ def test_to_safetensors(run: Path, tmp_path: Path, ckpt: Ckpt) -> None:
 
 
 def test_to_torch(run: Path, tmp_path: Path, ckpt: Ckpt) -> None:
-    ckpt("export", run, tmp_path / "w.pt", "--to", "torch", "--dtype", "BF16")
+    ckpt("export", run, tmp_path / "w.pt", "--to", "torch", "--dtype", "bf16")
     found = torch.load(tmp_path / "w.pt", weights_only=True)
     assert found["w"].dtype == torch.bfloat16
     assert torch.equal(found["b"], torch.arange(5))
@@ -96,6 +96,17 @@ def test_what_cannot_be_is_told_in_one_sentence(run: Path, tmp_path: Path, ckpt:
         (("export", run, "x", "--to", "dcp", "--dtype", "F32"), 2, "--to dcp does not take it"),
         (("export", run, "x", "--to", "torch", "--what", "all"), 2, "--what: got 'all'"),
         (("import", run, "x", "--from", "safetensors"), 2, "needs --spec"),
+        (("export", run, "x", "--to", "hf", "--dtype", "bf17"), 2, "F64, F32, F16, BF16"),
+        (("import", run, "x", "--from", "hf", "--dtype", "I8"), 2, "F64, F32, F16, BF16"),
+        (("export", run, "s3://b/x", "--to", "hf"), 2, "TARGET: got s3://b/x, expected a path"),
+        (("import", "s3://b/x", "x", "--from", "hf"), 2, "SOURCE: got s3://b/x, expected a path"),
+        (
+            ("import", run, "memory://x", "--from", "hf"),
+            2,
+            "PLACE: got memory://x, expected a path",
+        ),
+        (("import", "none", "x", "--from", "hf"), 1, "there is no none: give a"),
+        (("import", "none", "x", "--from", "dcp"), 1, "none is no checkpoint of torch DCP: "),
         (("export", run, "x", "--to", "hf"), 1, ""),
         (("import", tmp_path, "x", "--from", "hf"), 1, ""),
         (("import", tmp_path, "x", "--from", "dcp"), 1, ""),
@@ -108,7 +119,7 @@ def test_what_cannot_be_is_told_in_one_sentence(run: Path, tmp_path: Path, ckpt:
         assert ckpt.errors.startswith("error: ")
         assert ckpt.errors.count("\n") == 1
         assert words in ckpt.errors
-    assert not Path("x").exists()
+    assert not any(Path(made).exists() for made in ("x", "s3:", "memory:"))
     assert (tmp_path / "taken").read_text() == ""
 
 
