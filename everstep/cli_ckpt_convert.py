@@ -116,7 +116,12 @@ def import_(
     came_from: Annotated[str, typer.Option("--from", metavar="FORMAT", help="Which; see below.")],
     dtype: DtypeOption = None,
     spec: Annotated[
-        str | None, typer.Option(metavar="FILE", help="A conversion spec, or a packaged one.")
+        str | None,
+        typer.Option(
+            metavar="FILE",
+            help="A conversion spec (docs/converting.md), or a packaged one: everything, llama, "
+            "model, weights.",
+        ),
     ] = None,
     budget_mib: BudgetOption = 256,
     as_json: JsonOption = False,

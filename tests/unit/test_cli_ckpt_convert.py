@@ -10,6 +10,7 @@ import torch.distributed.checkpoint as dcp
 from safetensors.numpy import load_file
 
 from everstep.checkpoint.commit import CheckpointDirectory
+from everstep.checkpoint.convert.spec import packaged_specs
 from everstep.checkpoint.lineage import StepId
 from everstep.ckpt_convert import EXPORTS, IMPORTS
 from tests.support.ckpt_runs import Ckpt, arrays, ckpt, manifest_of, run
@@ -143,6 +144,7 @@ def test_a_full_disk_is_told_in_one_sentence_and_nothing_is_left(
 
 
 def test_help_names_every_format(ckpt: Ckpt) -> None:
+    assert ", ".join(packaged_specs()) in " ".join(ckpt("import", "--help").split())
     for command, known in (("export", EXPORTS), ("import", IMPORTS)):
         text = ckpt(command, "--help")
         for name, format in known.items():
