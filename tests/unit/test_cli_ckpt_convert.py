@@ -47,6 +47,11 @@ def test_to_dcp_and_back(run: Path, tmp_path: Path, ckpt: Ckpt) -> None:
     state = {"model.w": torch.zeros(6, 4), "model.b": torch.zeros(5, dtype=torch.int64)}
     dcp.load(state, checkpoint_id=str(tmp_path / "dcp"), no_dist=True)
     np.testing.assert_array_equal(state["model.w"].numpy(), FORTY["model.w"])
+    theirs = tmp_path / "theirs"
+    theirs.mkdir()
+    ckpt("import", tmp_path / "dcp", theirs, "--from", "dcp", code=1)
+    assert "theirs exists and is never overwritten" in ckpt.errors
+    assert not [*theirs.iterdir()]
     made = ckpt.json("import", tmp_path / "dcp", tmp_path / "back", "--from", "dcp")
     assert made["size_bytes"] > 0
     same = ckpt.json("diff", run, made["path"], "--only", "model.*")
@@ -85,6 +90,7 @@ def test_from_safetensors_by_a_spec(run: Path, tmp_path: Path, ckpt: Ckpt) -> No
     given = ("--from", "safetensors", "--spec", tmp_path / "spec.yaml")
     made = ckpt.json("import", tmp_path / "w.safetensors", tmp_path / "back", *given)
     assert made["size_bytes"] == 96 + 40
+    assert made["path"] == str(tmp_path / "back" / "step-00000000-g00001")
     assert ckpt.json("diff", run, tmp_path / "back", "--only", "model.*")["equal"]
     assert ckpt.json("ls", tmp_path / "back")["steps"][0]["step"] == 0
 
