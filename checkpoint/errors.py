@@ -48,10 +48,13 @@ class StateMismatchError(CheckpointError):
     def __str__(self) -> str:
         shown = "; ".join(self.differences[:5])
         more = len(self.differences) - 5
+        model_fits = not any("'model." in difference for difference in self.differences)
         return (
             f"{self.where} does not fit this run: {shown}"
             + (f"; and {more} more" if more > 0 else "")
-            + ": resume with the model and optimizer it was saved with, or use another directory"
+            + ": resume with the model and optimizer it was saved with, "
+            + ("load the model alone (include=['model']), " if model_fits else "")
+            + "or use another directory"
         )
 
 

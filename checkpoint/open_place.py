@@ -19,20 +19,18 @@ from everstep.checkpoint.stores import is_url, open_store, without_scheme
 _AT_STEP = re.compile(r"(.+)@(\d{1,18})")
 _OF_A_RUN = "checkpoints"
 _NOTHING = "holds no checkpoints"
+_PLACES = "name a run directory, its checkpoints directory, or the directory of one step"
 
 
 class PlaceError(CheckpointError):
     """What was written does not name a directory of checkpoints, or there is nothing in it."""
 
-    def __init__(self, where: str, problem: str) -> None:
-        super().__init__(where, problem)
-        self.where, self.problem = where, problem
+    def __init__(self, where: str, problem: str, way_out: str = _PLACES) -> None:
+        super().__init__(where, problem, way_out)
+        self.where, self.problem, self.way_out = where, problem, way_out
 
     def __str__(self) -> str:
-        return (
-            f"{self.where} {self.problem}: name a run directory, its checkpoints directory, or "
-            "the directory of one step"
-        )
+        return f"{self.where} {self.problem}: {self.way_out}"
 
 
 @dataclass(frozen=True)
@@ -53,7 +51,7 @@ class Place:
     def check_whole(self) -> None:
         """Raises PlaceError where one step was named and the whole directory is needed."""
         if self.step is not None or self.exact is not None:
-            raise PlaceError(self.name, "is needed whole, not one step of it")
+            raise PlaceError(self.name, "is needed whole, not one step of it", "name no step")
 
     def chosen(self) -> StepId:
         """The step that is meant.
@@ -113,7 +111,7 @@ def open_place(
         storage_options: of the URL's file system.
 
     Raises:
-        PlaceError: it is none of these.
+        PlaceError: it is none of these, or two different steps are asked for.
         CheckpointError: the URL's file system is unknown or cannot be reached.
     """
     found = find_place(text, step, storage_options=storage_options)
@@ -140,10 +138,19 @@ def find_place(
     exact = step_id_of(last)
     if exact is not None:
         if at_step not in (None, exact.step):
-            raise PlaceError(text, f"is the directory of step {exact.step}, not of step {at_step}")
+            problem = f"is the directory of step {exact.step}, not of step {at_step}"
+            raise PlaceError(text, problem, "name one step")
         return Place(_directory(above or ".", storage_options), exact=exact)
     here = _directory(where, storage_options)
-    names = here.store.list()
+    try:
+        names = here.store.list()
+    except OSError as error:
+        if not is_url(where):
+            raise
+        raise CheckpointError(
+            f"{where!r} cannot be reached: {error.strerror}; check the URL, its options and the "
+            "credentials"
+        ) from error
     if _OF_A_RUN in names:
         return Place(_directory(f"{where}/{_OF_A_RUN}", storage_options), at_step)
     # One that is empty yet; not other people's checkpoints, which are in files.
@@ -167,7 +174,7 @@ def _at_step(text: str, step: int | None) -> tuple[str, int | None]:
     if match is None or Path(text).exists():
         return text.rstrip("/") or "/", step
     if step not in (None, int(match[2])):
-        raise PlaceError(text, f"asks for another step than --step {step}")
+        raise PlaceError(text, f"asks for another step than --step {step}", "name one step")
     return match[1].rstrip("/") or "/", int(match[2])
 
 

@@ -73,11 +73,16 @@ class State:
         optimizer: AnyOptimizer = None,
         **objects: Stateful,
     ) -> None:
+        if not isinstance(model, nn.Module):
+            raise StateError(
+                f"State(model=...): got {type(model).__name__}, expected the nn.Module itself, "
+                "which is saved and filled in place"
+            )
         for name, value in objects.items():
             if not isinstance(value, Stateful):
                 raise StateError(
                     f"State({name}=...): {type(value).__name__} has no state_dict and "
-                    "load_state_dict"
+                    "load_state_dict: give an object that has both"
                 )
         self.model, self.optimizer, self.objects = model, optimizer, objects
 

@@ -154,7 +154,8 @@ def from_dcp(source: Path, target: Path, *, budget_bytes: int, on_bytes: OnBytes
     from everstep.checkpoint.commit import CheckpointDirectory
     from everstep.checkpoint.convert.dcp import import_dcp
 
-    step_id = import_dcp(source, target, on_bytes=on_bytes)
+    with new_target(target) as folder:
+        step_id = import_dcp(source, folder, on_bytes=on_bytes)
     return str(CheckpointDirectory(target).step_path(step_id))
 
 
@@ -166,13 +167,16 @@ def from_spec(
     budget_bytes: int,
     on_bytes: OnBytes | None,
 ) -> Path:
-    """See ``convert.plain.convert``; returns the directory."""
+    """See ``convert.plain.convert``; returns the path of the step."""
+    from everstep.checkpoint.commit import CheckpointDirectory
     from everstep.checkpoint.convert.plain import convert
 
     if spec is None:
         raise ConfigError("--from safetensors needs --spec FILE: how its tensors make ours")
     convert(spec, source, target, form="checkpoint", budget_bytes=budget_bytes, on_bytes=on_bytes)
-    return target
+    directory = CheckpointDirectory(target)
+    (step_id,) = directory.committed()
+    return directory.step_path(step_id)
 
 
 def _function(

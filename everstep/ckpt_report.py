@@ -74,13 +74,16 @@ def comparison_json(first: str, second: str, found: Comparison) -> dict[str, Any
     }
 
 
-def print_comparison(console: "Console", found: Mapping[str, Any], *, rng: bool) -> None:
+def print_comparison(
+    console: "Console", found: Mapping[str, Any], *, left_out: int, objects: bool
+) -> None:
     """What ``comparison_json`` gave, for people.
 
     Args:
         console: where.
         found: the facts.
-        rng: whether the states of random generators were compared.
+        left_out: tensors that belong to a mesh, and were not compared because the meshes differ.
+        objects: whether objects were compared.
     """
     for side in ("first", "second"):
         for name in found[f"only_{side}"]:
@@ -106,12 +109,13 @@ def print_comparison(console: "Console", found: Mapping[str, Any], *, rng: bool)
             short(json.dumps(o[side])) if side in o else "absent" for side in ("first", "second")
         )
         say(console, f"object {o['path']}: {a} / {b}")
-    if not rng:
+    if left_out:
         say(console, "random generators are not compared: the meshes differ")
     lonely = len(found["only_first"]) + len(found["only_second"])
     differ = len(found["tensors"])
     if found["equal"]:
-        say(console, f"equal: {plural(found['compared'], 'tensor')}, and all objects")
+        rest = ", and all objects" if objects else ""
+        say(console, f"equal: {plural(found['compared'], 'tensor')}{rest}")
     else:
         say(
             console,

@@ -7,6 +7,8 @@ from contextlib import contextmanager
 from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING, Any, Literal
 
+from everstep.trainer.errors import ConfigError
+
 if TYPE_CHECKING:
     from rich.console import Console
 
@@ -85,7 +87,17 @@ def byte_progress(what: str, total_bytes: int | None) -> Iterator[Callable[[int]
 
 
 def matching(names: Mapping[str, Any], only: Sequence[str]) -> list[str]:
-    """The names that match one of some patterns (``*``, ``?``, ``[…]``); all without any."""
+    """The names that match one of some patterns (``*``, ``?``, ``[…]``); all without any.
+
+    Raises ConfigError for a pattern that matches no name: it is mistyped, and less would be looked
+    at than was meant.
+    """
+    for pattern in only:
+        if not any(fnmatchcase(name, pattern) for name in names):
+            raise ConfigError(
+                f"--only: no tensor is named {pattern!r}: `everstep ckpt inspect` lists the names; "
+                "* stands for any text"
+            )
     return [n for n in names if not only or any(fnmatchcase(n, pattern) for pattern in only)]
 
 

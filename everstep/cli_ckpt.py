@@ -268,6 +268,7 @@ def _diff(
 ) -> int:
     from everstep import ckpt_report
     from everstep.checkpoint.compare import compare_steps
+    from everstep.checkpoint.errors import CheckpointError
     from everstep.checkpoint.layout import RNG_PREFIX
     from everstep.checkpoint.open_place import open_place
     from everstep.ckpt_text import byte_progress, matching, stdout_console
@@ -278,9 +279,15 @@ def _diff(
         places[0].open(chosen[0], threads=threads) as one,
         places[1].open(chosen[1], threads=threads) as two,
     ):
-        rng = dict(one.manifest.mesh) == dict(two.manifest.mesh)
         union = dict.fromkeys([*one.manifest.tensors, *two.manifest.tensors])
-        names = [n for n in matching(union, only) if rng or not n.startswith(RNG_PREFIX)]
+        asked = matching(union, only)
+        rng = dict(one.manifest.mesh) == dict(two.manifest.mesh)
+        names = [n for n in asked if rng or not n.startswith(RNG_PREFIX)]
+        if only and not names:
+            raise CheckpointError(
+                f"--only {' '.join(only)}: states of random generators belong to a mesh, and are "
+                "not compared where the meshes differ"
+            )
         total_bytes = _size_bytes(one, names)
         with byte_progress("comparing", total_bytes) as on_bytes:
             result = compare_steps(
@@ -291,7 +298,9 @@ def _diff(
     if as_json:
         _print_json({**found, "rng_compared": rng})
     else:
-        ckpt_report.print_comparison(stdout_console(), found, rng=rng)
+        ckpt_report.print_comparison(
+            stdout_console(), found, left_out=len(asked) - len(names), objects=not only
+        )
     return 0 if result.equal else _NOT_THE_SAME
 
 

@@ -74,8 +74,9 @@ def export(
 
     if what not in (None, "model", "everything"):
         raise ConfigError(f"--what: got {what!r}, expected model or everything")
+    _check_local("TARGET", target)
     given = {
-        "dtype": dtype,
+        "dtype": _float_type(dtype),
         "what": what,
         "tokenizer": tokenizer,
         "max_shard_bytes": max_shard_bytes,
@@ -115,7 +116,12 @@ def import_(
     came_from: Annotated[str, typer.Option("--from", metavar="FORMAT", help="Which; see below.")],
     dtype: DtypeOption = None,
     spec: Annotated[
-        str | None, typer.Option(metavar="FILE", help="A conversion spec, or a packaged one.")
+        str | None,
+        typer.Option(
+            metavar="FILE",
+            help="A conversion spec (docs/converting.md), or a packaged one: everything, llama, "
+            "model, weights.",
+        ),
     ] = None,
     budget_mib: BudgetOption = 256,
     as_json: JsonOption = False,
@@ -124,13 +130,37 @@ def import_(
     from everstep.ckpt_convert import import_ as run
     from everstep.ckpt_text import byte_progress
 
-    given = {"dtype": dtype, "spec": spec}
+    _check_local("SOURCE", source)
+    _check_local("PLACE", target)
+    given = {"dtype": _float_type(dtype), "spec": spec}
     options = {name: value for name, value in given.items() if value is not None}
     with byte_progress("importing", None) as on_bytes:
         made = run(
             source, came_from, target, options, budget_bytes=budget_mib * 2**20, on_bytes=on_bytes
         )
     _tell(made.path, made.size_bytes, as_json)
+
+
+def _check_local(what: str, path: Path) -> None:
+    """Raises ConfigError for a URL, which would become a folder named ``s3:``."""
+    from everstep.trainer.errors import ConfigError
+
+    scheme, colon, rest = str(path).partition(":/")  # of a Path: two slashes are one
+    if colon and scheme.replace("+", "").isalnum():
+        raise ConfigError(
+            f"{what}: got {scheme}://{rest}, expected a path on this machine: what is in an object "
+            "store is copied there and back with its own tools"
+        )
+
+
+def _float_type(given: str | None) -> str | None:
+    """The name of a type as we write it; raises ConfigError."""
+    from everstep.checkpoint.convert.cast import FLOATS
+    from everstep.trainer.errors import ConfigError
+
+    if given is not None and given.upper() not in FLOATS:
+        raise ConfigError(f"--dtype: got {given!r}, expected one of {', '.join(FLOATS)}")
+    return given and given.upper()
 
 
 def _tell(path: str, size_bytes: int, as_json: bool) -> None:

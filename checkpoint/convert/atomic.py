@@ -1,12 +1,13 @@
 """Targets that appear whole or not at all, and never replace anything."""
 
+import errno
 import os
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from everstep.checkpoint.convert.errors import TargetExistsError
+from everstep.checkpoint.convert.errors import TargetExistsError, TargetFailedError
 from everstep.checkpoint.direct_io import make_directory, sync_directory
 
 OnBytes = Callable[[int], None]
@@ -14,6 +15,8 @@ OnBytes = Callable[[int], None]
 DEFAULT_BUDGET_BYTES = 256 * 2**20
 MIN_BUDGET_BYTES = 2**20
 _BLOCK_BYTES = 16 * 2**20
+_REFUSED = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS}
+"""What only writing meets: a full disk, a quota, the largest file of a file system, no writing."""
 _SHARE = 8
 """Of these a conversion has: a block, its copy for the file, and what casts and means need."""
 
@@ -39,6 +42,7 @@ def new_target(target: Path) -> Iterator[Path]:
 
     Raises:
         TargetExistsError: there is something at ``target``.
+        TargetFailedError: the disk is full, or may not be written to.
         OSError: as the file system reports it.
     """
     if os.path.lexists(target):
@@ -57,11 +61,27 @@ def new_target(target: Path) -> Iterator[Path]:
                 raise TargetExistsError(str(target)) from None
             temporary.unlink()
         sync_directory(target.absolute().parent)
+    except Exception as error:
+        if (refused := _refused(error)) is not None:
+            raise TargetFailedError(str(target), str(refused.strerror)) from error
+        raise
     finally:
         if temporary.is_dir():
             shutil.rmtree(temporary, ignore_errors=True)
         else:
             temporary.unlink(missing_ok=True)
+
+
+def _refused(error: BaseException | None) -> OSError | None:
+    """What the file system said no to: the error itself, or one that it came from.
+
+    ``torch.save`` hides it behind a complaint about its archive.
+    """
+    while error is not None:
+        if isinstance(error, OSError) and error.errno in _REFUSED:
+            return error
+        error = error.__cause__ or error.__context__
+    return None
 
 
 def _rename_folder(temporary: Path, target: Path) -> None:

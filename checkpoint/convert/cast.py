@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from everstep.checkpoint.errors import CheckpointError
 from everstep.checkpoint.numbers import NUMPY_DTYPES
 
 FLOATS = ("F64", "F32", "F16", "BF16")
@@ -19,6 +20,12 @@ FLOATS = ("F64", "F32", "F16", "BF16")
 def can_cast(source: str, target: str) -> bool:
     """Whether values of one dtype can be turned into another here."""
     return source in FLOATS and target in FLOATS
+
+
+def check_float(dtype: str) -> None:
+    """Raises CheckpointError for what is no dtype to convert to."""
+    if dtype not in FLOATS:
+        raise CheckpointError(f"dtype: got {dtype!r}, expected one of {', '.join(FLOATS)}")
 
 
 def encode(values: NDArray[Any], dtype: str) -> NDArray[np.uint8]:

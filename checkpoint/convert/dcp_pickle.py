@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from everstep.checkpoint.errors import DamagedError
+from everstep.checkpoint.errors import CheckpointError, DamagedError
 from everstep.checkpoint.records import MAX_RECORD_BYTES
 
 _CLASSES = {
@@ -96,15 +96,17 @@ def read_metadata_file(path: Path) -> StandIn:
     """The object in a ``.metadata`` file, a stand-in of DCP's ``Metadata``.
 
     Raises:
-        DcpFormatError: it is missing, absurdly large, or not what DCP writes: it asks for other
+        CheckpointError: it is missing.
+        DcpFormatError: it is absurdly large, or not what DCP writes: it asks for other
             classes than those of DCP's metadata, such as those that a planner of the user left.
     """
     try:
         with path.open("rb") as f:
             data = f.read(MAX_RECORD_BYTES + 1)
     except FileNotFoundError:
-        raise DcpFormatError(
-            path, "the file is missing; only what one coordinator has committed can be read"
+        raise CheckpointError(
+            f"{path.parent} is no checkpoint of torch DCP: it has no {path.name}, the file that "
+            "DCP writes last, when one coordinator has seen all ranks"
         ) from None
     if len(data) > MAX_RECORD_BYTES:
         raise DcpFormatError(path, f"it is larger than {MAX_RECORD_BYTES} bytes")

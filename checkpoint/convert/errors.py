@@ -42,6 +42,20 @@ class TargetExistsError(CheckpointError):
         )
 
 
+class TargetFailedError(CheckpointError):
+    """The place to write to is full, or cannot be written to; nothing was kept."""
+
+    def __init__(self, target: str, cause: str) -> None:
+        super().__init__(target, cause)
+        self.target, self.cause = target, cause
+
+    def __str__(self) -> str:
+        return (
+            f"{self.target} cannot be written: {self.cause}; nothing of it was kept: make room, or "
+            "choose another place"
+        )
+
+
 class MissingPackageError(CheckpointError):
     """A format needs a package that is not installed."""
 

@@ -17,6 +17,7 @@ from everstep.checkpoint.convert.atomic import (
     OnBytes,
     new_target,
 )
+from everstep.checkpoint.convert.cast import check_float
 from everstep.checkpoint.convert.converted import Converted
 from everstep.checkpoint.convert.plan import Plan, plan_extract, plan_union
 from everstep.checkpoint.convert.safetensors_source import SafetensorsSource
@@ -59,11 +60,14 @@ def export_hf(
         on_bytes: progress.
 
     Raises:
-        CheckpointError: the checkpoint does not say what model it is of, or it is not the built-in.
+        CheckpointError: the checkpoint does not say what model it is of, or it is not the built-in;
+            or there is no such dtype to convert to.
         ConversionError: it holds other tensors than this model has.
         TargetExistsError: the target is taken.
         DamagedError: a pack is not what the manifest says.
     """
+    if dtype is not None:
+        check_float(dtype)
     if tokenizer is not None and not tokenizer.is_file():
         raise CheckpointError(f"there is no tokenizer file {tokenizer}: give a tokenizer.json")
     source = StepSource(reader)
@@ -108,11 +112,13 @@ def import_hf(
         The path of the step.
 
     Raises:
+        CheckpointError: there is no such dtype to convert to, or nothing at ``source``.
         ArchitectureError: it is not what the built-in model can be.
         ConversionError: it holds other tensors than this model has.
         TargetExistsError: the target is taken.
         SafetensorsError: a file of it is not valid.
     """
+    check_float(dtype)
     with SafetensorsSource(source) as files:
         architecture = read_architecture(source)
         plan = plan_hf_import(

@@ -9,12 +9,11 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from everstep.checkpoint.convert import view as v
-from everstep.checkpoint.convert.cast import FLOATS, can_cast
+from everstep.checkpoint.convert.cast import can_cast, check_float
 from everstep.checkpoint.convert.errors import ConversionError
 from everstep.checkpoint.convert.spec import Flat, Padded, Rule, Spec
 from everstep.checkpoint.convert.template import Template
 from everstep.checkpoint.convert.view import View
-from everstep.checkpoint.errors import CheckpointError
 from everstep.checkpoint.layout import TensorSpec
 
 Inventory = Mapping[str, TensorSpec]
@@ -107,8 +106,8 @@ def with_dtype(plan: Plan, dtype: str | None) -> Plan:
     Raises:
         CheckpointError: there is no such dtype to convert to.
     """
-    if dtype is not None and dtype not in FLOATS:
-        raise CheckpointError(f"dtype: got {dtype!r}, expected one of {', '.join(FLOATS)}")
+    if dtype is not None:
+        check_float(dtype)
     tensors = {
         name: replace(t, dtype=dtype) if dtype and can_cast(t.dtype, dtype) else t
         for name, t in plan.tensors.items()

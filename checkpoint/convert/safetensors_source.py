@@ -153,6 +153,10 @@ class SafetensorsSource:
 
 def _files_of(path: Path) -> Mapping[Path, set[str] | None]:
     """The files that make a source, each with the tensors that it must have (None: any)."""
+    if not path.exists():
+        raise CheckpointError(
+            f"there is no {path}: give a .safetensors file, or a folder that has some"
+        )
     if path.is_file():
         return {path: None}
     index = path / INDEX_NAME
@@ -193,7 +197,10 @@ def _read_header(
     """(start in the file of each tensor, the tensors)."""
     n = int.from_bytes(length, "little")
     if len(length) != 8 or n > min(MAX_HEADER_BYTES, size - 8):
-        raise SafetensorsError(path, f"it has {size} bytes and says that {n} of them are a header")
+        raise SafetensorsError(
+            path,
+            f"it is no safetensors file, or cut short: of its {size} bytes {n} would be a header",
+        )
     try:
         entries = json.loads(file.read(n))
         if not isinstance(entries.pop("__metadata__", {}), dict):

@@ -21,6 +21,7 @@ The steps of a rule, in the order of a union: the fragments that ``over`` number
 Source: the operations are those of Universal Checkpointing, arXiv 2406.18820.
 """
 
+import difflib
 import importlib.resources
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -34,6 +35,7 @@ from pydantic import (
     ValidationError,
     model_validator,
 )
+from pydantic_core import ErrorDetails
 
 from everstep.checkpoint.convert.errors import SpecError
 from everstep.checkpoint.convert.template import Template
@@ -182,11 +184,45 @@ def parse_spec(text: str, source: str) -> Spec:
     try:
         return Spec.model_validate(values)
     except ValidationError as error:
-        first, *more = error.errors(include_url=False)
+        # Unknown keys first: they often explain what is missing.
+        found = error.errors(include_url=False)
+        first, *more = sorted(found, key=lambda e: e["type"] != "extra_forbidden")
         place = ".".join(str(part) for part in first["loc"]) or "the spec"
-        message = first["msg"].removeprefix("Value error, ")
         rest = f" (and {len(more)} more)" if more else ""
-        raise SpecError(f"{source}: {place}: {message}{rest}") from None
+        raise SpecError(f"{source}: {place}: {_words(first)}{rest}") from None
+
+
+def _words(error: ErrorDetails) -> str:
+    """What is wrong with a value, or a key, of a spec."""
+    match error["type"]:
+        case "extra_forbidden":
+            *above, key = (part for part in error["loc"] if isinstance(part, str))
+            section = _SECTIONS.get(above[-1], Spec) if above else Spec
+            near = difflib.get_close_matches(key, section.model_fields, n=1)
+            known = f"known are {', '.join(section.model_fields)}"
+            return f"unknown key; {f'did you mean {near[0]}?' if near else known}"
+        case "missing":
+            return "it is missing"
+        case "value_error":
+            return str(error["ctx"]["error"])
+        case "model_type":
+            return f"got {error['input']!r}, expected a mapping"
+        case "tuple_type":
+            return f"got {error['input']!r}, expected a list"
+        case "too_short":
+            return "the list is empty, expected at least one entry"
+    what = error["msg"].removeprefix("Input should be ")
+    return f"got {error['input']!r}, expected {what}"
+
+
+_SECTIONS: dict[str, type[_Section]] = {
+    "rules": Rule,
+    "padded": Padded,
+    "fused": Fused,
+    "flat": Flat,
+    "drop": Drop,
+}
+"""What the mapping below a key consists of."""
 
 
 def load_spec(ref: str | Path) -> Spec:

@@ -8,6 +8,8 @@ beyond the core of Zarr (BF16, FP8, C32) are unsigned numbers of the same bits; 
 
 import json
 import math
+import os
+import re
 from collections import deque
 from collections.abc import Iterator
 from itertools import product
@@ -37,6 +39,7 @@ DEFAULT_LEVEL = 3
 CHUNK_BYTES = 2**20
 _IN_FLIGHT = 2
 """Shards that are compressed and written while the next one is read."""
+_OS_ERROR = re.compile(r"os_error_code='(\d+)'")
 
 
 def export_zarr(
@@ -115,15 +118,32 @@ def _write_array(
     array = tensorstore.open(_array_spec(folder, tensor, chunk, shard, level)).result()
     numbers = np.dtype(zarr_type(tensor.dtype, CORE_TYPES).name)
     pending: deque[Any] = deque()
-    for box in _tiles(tensor.shape, shard):
-        if len(pending) == _IN_FLIGHT:
-            pending.popleft().result()
-        data = read_box(source, tensor.name, box)
-        place = tuple(slice(o, o + n) for o, n in zip(box.offset, box.shape, strict=True))
-        pending.append(array[place].write(data.view(numbers).reshape(box.shape)))
-        written.add(len(data))
-    for write in pending:
-        write.result()
+    try:
+        for box in _tiles(tensor.shape, shard):
+            if len(pending) == _IN_FLIGHT:
+                _wait_for_first(pending)
+            data = read_box(source, tensor.name, box)
+            place = tuple(slice(o, o + n) for o, n in zip(box.offset, box.shape, strict=True))
+            pending.append(array[place].write(data.view(numbers).reshape(box.shape)))
+            written.add(len(data))
+        while pending:
+            _wait_for_first(pending)
+    except BaseException:  # Ctrl-C, too: what is in flight would go on in a folder that is deleted
+        for write in pending:
+            write.exception()
+        raise
+
+
+def _wait_for_first(pending: deque[Any]) -> None:
+    """Raises OSError for what the file system refuses; TensorStore tells it in a ValueError."""
+    try:
+        pending[0].result()
+    except ValueError as error:
+        if (found := _OS_ERROR.search(str(error))) is None:
+            raise
+        code = int(found[1])
+        raise OSError(code, os.strerror(code)) from error
+    pending.popleft()
 
 
 def _array_spec(

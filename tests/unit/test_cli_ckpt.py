@@ -167,6 +167,8 @@ def test_inspect(run: Path, ckpt: Ckpt) -> None:
     assert found["totals"] == {"tensors": 3, "items": 24 + 5 + 9, "bytes": 96 + 40 + 9}
     only = ckpt.json("inspect", run, "--only", "*.w", "--only", "rng.*")
     assert [t["name"] for t in only["tensors"]] == ["model.w", "rng.rank0.x"]
+    ckpt("inspect", run, "--only", "*.w", "--only", "rgn.*", code=2)
+    assert ckpt.errors.startswith("error: --only: no tensor is named 'rgn.*'")
     text = ckpt("inspect", run)
     assert "mesh       rank 3" in text
     assert 'object.data: {"value": {"position": 40}}' in text

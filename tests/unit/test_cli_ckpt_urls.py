@@ -51,6 +51,23 @@ def test_every_command_takes_a_url(memory: tuple[str, Any], run: Path, ckpt: Ckp
     assert not [path for path in fs.find("/ckpt-tool") if "lease" in path]
 
 
+def test_what_cannot_be_reached_is_told_with_a_way_out(
+    ckpt: Ckpt, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    memory = type(fsspec.filesystem("memory"))
+
+    def refuse(*_: Any, **__: Any) -> Any:
+        raise RuntimeError("Unable to locate\ncredentials")
+
+    monkeypatch.setattr(memory, "ls", refuse)
+    for command in (("ls",), ("verify",), ("export", "x", "--to", "torch")):
+        ckpt(command[0], "memory://ckpt-tool/run", *command[1:], code=1)
+        assert ckpt.errors == (
+            "error: 'memory://ckpt-tool/run' cannot be reached: Unable to locate credentials; "
+            "check the URL, its options and the credentials\n"
+        )
+
+
 @pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning")
 def test_every_export_reads_a_url(
     memory: tuple[str, Any], run: Path, tmp_path: Path, ckpt: Ckpt

@@ -100,6 +100,17 @@ def test_diff(run: Path, tmp_path: Path, ckpt: Ckpt) -> None:
     assert "different: 1 of 3 tensors" in text
     assert ckpt("diff", f"{run}@10", f"{run}@20", "--only", "model.b").startswith("equal")
     ckpt("diff", f"{run}@10", f"{run}@20", "--only", "model.*", "--atol", "10")
+    assert ckpt("diff", run, other, "--only", "model.*") == "equal: 2 tensors\n"
+
+
+def test_diff_of_nothing_is_never_equal(run: Path, tmp_path: Path, ckpt: Ckpt) -> None:
+    other = tmp_path / "other"
+    CheckpointDirectory(other / "checkpoints").create_generation(None, {"rank": 4})
+    save(other, StepId(1, 40), 40.0, bounds={"model.w": [(1,), (3,)]}, world_size=4)
+    ckpt("diff", run, other, "--only", "model.*", "--only", "modle.*", code=2)
+    assert "no tensor is named 'modle.*'" in ckpt.errors
+    ckpt("diff", run, other, "--only", "rng.*", code=2)
+    assert "the meshes differ" in ckpt.errors
 
 
 def test_diff_of_names_and_shapes(tmp_path: Path, ckpt: Ckpt) -> None:

@@ -67,8 +67,9 @@ def test_a_model_is_loaded_for_a_run_without_optimizer(tmp_path: Path) -> None:
     model = State(model=fresh_state().model)
     with Checkpointer(tmp_path, read_only=True) as reader:
         reader.load(model, include=["model"])
-        with pytest.raises(LoadFailedError, match="is not in this run"):
+        with pytest.raises(LoadFailedError, match="is not in this run") as refused:
             reader.load(model)
+    assert "load the model alone (include=['model'])" in str(refused.value)
     assert bits(model) == {k: v for k, v in bits(state).items() if k.startswith("model.")}
 
 

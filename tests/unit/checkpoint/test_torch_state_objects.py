@@ -74,6 +74,8 @@ def test_a_tensor_of_an_object_that_is_not_there(coded: Any) -> None:
 
 
 def test_an_object_without_state_is_refused() -> None:
+    with pytest.raises(StateError, match="got OrderedDict, expected the nn"):
+        State(model=nn.Linear(1, 1).state_dict())  # type: ignore[arg-type]
     with pytest.raises(StateError, match=r"State\(data=...\): int has no state_dict"):
         State(model=nn.Identity(), data=3)  # type: ignore[arg-type]
 

@@ -192,7 +192,7 @@ def test_imports_that_cannot_be(tmp_path: Path) -> None:
     (source / "config.json").unlink()
     refused(CheckpointError, "put the config.json that belongs to the tensors")
     shutil.rmtree(source)
-    refused(CheckpointError, "has no safetensors")
+    refused(CheckpointError, "there is no ")
 
 
 def test_a_tied_head_that_is_stored_anyway(tmp_path: Path) -> None:

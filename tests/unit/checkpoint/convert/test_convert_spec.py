@@ -36,9 +36,23 @@ def test_packaged_specs() -> None:
     [
         ("[1]", "expected a mapping with 'rules'"),
         ("rules: [", "is not valid YAML"),
-        ("name: x\nrules: []", "rules: "),
-        ("name: x\nrules: [{logical: a}]", r"rules.0.stored: Field required"),
-        ("name: x\nrules: [{logical: a, stored: b, shard: 0}]", "rules.0.shard: Extra inputs"),
+        ("name: x\nrules: []", "rules: the list is empty"),
+        ("name: x\nrules: {}", "rules: got {}, expected a list"),
+        ("name: x\nrules: [3]", "rules.0: got 3, expected a mapping"),
+        ("name: x\nrules: [{logical: a}]", "rules.0.stored: it is missing"),
+        (
+            "name: x\nrules: [{logical: a, stored: b, transpose: true}]",
+            "rules.0.transpose: unknown key; did you mean transposed?",
+        ),
+        (
+            "name: x\nrules: [{logical: a, stored: b, fused: {dim: 0, by: 3}}]",
+            "rules.0.fused.by: unknown key; known are dim, sizes",
+        ),
+        ("name: x\nrule: []", "my.yaml: rule: unknown key; did you mean rules? (and 1 more)"),
+        (
+            "name: x\ndrop: {loical: []}\nrules: []",
+            "drop.loical: unknown key; did you mean logical",
+        ),
         ("name: x\nrules: [{logical: 'a.{', stored: b}]", "'a.{' is malformed"),
         ("name: x\nrules: [{logical: 3, stored: b}]", "3 is no name pattern"),
         ("name: x\nrules: [{logical: 'a.{i}', stored: b}]", "have different fields"),
@@ -57,7 +71,10 @@ def test_packaged_specs() -> None:
             "name: x\nrules: [{logical: [a], stored: b, fused: {dim: 0, sizes: [1, 2]}}]",
             "fused.sizes has 2 entries for 1 logical tensors",
         ),
-        ("name: x\nrules: [{logical: a, stored: b, padded: {dim: -1}}]", "padded.dim"),
+        (
+            "name: x\nrules: [{logical: a, stored: b, padded: {dim: -1}}]",
+            "rules.0.padded.dim: got -1, expected greater than or equal to 0",
+        ),
         ("name: x\nrules: [{logical: a, stored: b, padded: {dim: true}}]", "padded.dim"),
     ],
 )
