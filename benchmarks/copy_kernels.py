@@ -25,6 +25,8 @@ import numpy as np
 from everstep.checkpoint import kernels
 
 MIB = 1 << 20
+CELL_BYTES = 512 << 10
+"""About what a rank holds of a tensor: less than a cache, of a state that is much more."""
 IMPLEMENTATIONS: dict[str, dict[str, str]] = {
     "chosen": {},
     "without AVX-512": {"EVERSTEP_AVX512_KERNELS": "0"},
@@ -50,6 +52,22 @@ def dense_cases(src: np.ndarray, dst: np.ndarray, crcs: np.ndarray) -> dict[str,
         move(dst.ctypes.data, src.ctypes.data, size)
         kernels.crc32c_blocks(dst, MIB, out=crcs)
 
+    def two_passes_back() -> None:
+        kernels.crc32c_blocks(src, MIB, out=crcs)
+        copy(1)
+
+    def scatter() -> None:
+        crcs.fill(0)
+        kernels.scatter_box_crc(dst, 0, strides, src, 0, strides, shape, 4, 0, size, 0, MIB, crcs)
+
+    def scatter_cells() -> None:
+        crcs.fill(0)
+        for begin in range(0, size, CELL_BYTES):
+            kernels.scatter_box_crc(
+                dst, begin, strides, src, begin, strides, (CELL_BYTES // 4,), 4,
+                begin, begin + CELL_BYTES, begin, MIB, crcs,
+            )  # fmt: skip
+
     def copy(threads: int) -> None:
         kernels.copy_box(dst, 0, strides, src, 0, strides, shape, 4, threads=threads)
 
@@ -63,6 +81,9 @@ def dense_cases(src: np.ndarray, dst: np.ndarray, crcs: np.ndarray) -> dict[str,
         "memcpy, then crc32c_blocks": two_passes,
         "gather_box_crc": lambda: gather(1),
         "gather_box_crc, 2 threads": lambda: gather(2),
+        "crc32c_blocks, then copy_box": two_passes_back,
+        "scatter_box_crc": scatter,
+        "scatter_box_crc, cells of 512 KiB": scatter_cells,
     }
 
 
@@ -80,11 +101,18 @@ def row_cases(
         crcs.fill(0)
         kernels.gather_box_crc(dst, 0, src, 0, src_strides, shape, 4, 0, half, 0, MIB, crcs)
 
+    def scatter() -> None:
+        crcs.fill(0)
+        kernels.scatter_box_crc(
+            dst, 0, dst_strides, src, 0, src_strides, shape, 4, 0, 2 * half, 0, MIB, crcs
+        )
+
     return {
         "memcpy": lambda: np.copyto(dst[:half], src[:half]),
         "NumPy copy": lambda: np.copyto(dst_rows, src_rows),
         "copy_box": lambda: kernels.copy_box(dst, 0, dst_strides, src, 0, src_strides, shape, 4),
         "gather_box_crc": gather,
+        "scatter_box_crc, twice the bytes checksummed": scatter,
     }
 
 
@@ -120,7 +148,8 @@ def measure_all(mib: int, rounds: int) -> dict[str, object]:
     """All groups of cases with the implementations that this process chose."""
     size = mib * MIB
     src = np.random.default_rng(0).integers(0, 1 << 63, size // 8, dtype=np.int64).view(np.uint8)
-    dst = np.ones(size, np.uint8)
+    dst = np.ones(size + 64, np.uint8)
+    dst = dst[-dst.ctypes.data % 64 :][:size]  # as torch aligns its tensors
     crcs = np.zeros(mib, np.uint32)
     groups = {"contiguous": measure(dense_cases(src, dst, crcs), size, rounds)}
     for row_bytes in (1024, 4096, 16384, 65536):
@@ -171,7 +200,7 @@ def print_table(name: str, result: dict[str, object]) -> None:
         for case, row in cases.items():
             low, middle, high = row["cpu_ratio_to_memcpy_quartiles"]
             print(
-                f"    {case:28} {row['gb_per_cpu_s']:6.2f} GB per CPU second"
+                f"    {case:44} {row['gb_per_cpu_s']:6.2f} GB per CPU second"
                 f" {row['gb_per_wall_s']:6.2f} GB/s"
                 f"   {middle:5.2f} x memcpy [{low:.2f}, {high:.2f}]"
             )
