@@ -6,8 +6,8 @@ refuses O_DIRECT (tmpfs, some network file systems: EINVAL at open or at the fir
 file is written buffered and its pages are dropped afterwards. Also the small durable operations of
 a commit: exclusive files, links that never replace, directory syncs.
 
-Staging buffers outlive their file: disks have been seen to take memory that they know at twice the
-speed of memory that a process has just been given. A process keeps ``BUFFERS`` of them.
+Staging buffers outlive their file: a disk has been seen to take a third longer to write memory that
+the process has just been given (a virtual machine, 1 GB). A process keeps ``BUFFERS`` of them.
 """
 
 import errno

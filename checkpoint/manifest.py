@@ -33,13 +33,9 @@ from everstep.checkpoint.layout_codec import (
     max_cells,
 )
 from everstep.checkpoint.optimizer_parts import merge_values
-from everstep.checkpoint.pack import (
-    BLOCK_BYTES,
-    PackRecord,
-    pack_order,
-    pack_starts,
-)
+from everstep.checkpoint.pack import BLOCK_BYTES, PackRecord, pack_order
 from everstep.checkpoint.pack_codec import decode_pack, encode_pack
+from everstep.checkpoint.pack_index import PackIndex
 from everstep.checkpoint.places import Places, place
 from everstep.checkpoint.records import decode_record, encode_record
 
@@ -69,21 +65,6 @@ class Lineage(NamedTuple):
     """Number of an earlier generation; None for a new beginning."""
     fork_step: int | None
     """The last step of it that counts."""
-
-
-@dataclass(frozen=True)
-class PackIndex:
-    """Where fragments lie in a pack, from the fragments alone: no header needs to be read."""
-
-    fragments: tuple[Fragment, ...]
-    record: PackRecord
-
-    @cached_property
-    def starts(self) -> dict[tuple[str, tuple[int, ...]], tuple[int, Fragment]]:
-        """(tensor name, box offset) -> (address as ``Manifest.starts`` gives it, fragment)."""
-        ordered, record = pack_order(self.fragments), self.record
-        starts = pack_starts(ordered)[0] if record.extents is None else record.blocks.starts
-        return {(f.spec.name, f.box.offset): (s, f) for f, s in zip(ordered, starts, strict=True)}
 
 
 @dataclass(frozen=True)
