@@ -187,3 +187,26 @@ class LoadFailedError(RankFailures):
 
 class CollectiveError(CheckpointError):
     """Ranks could not agree: a peer is gone, too late, or doing something else."""
+
+
+class SlotMemoryError(CheckpointError):
+    """There is no memory for snapshots."""
+
+
+class KeeperError(CheckpointError):
+    """The keeper of snapshots cannot be reached, or refuses."""
+
+
+class SnapshotSkipped(CheckpointError):
+    """A step was not captured, on any rank; the state of a handle that says so."""
+
+    def __init__(self, step: int, why: str) -> None:
+        super().__init__(step, why)
+        self.step, self.why = step, why
+
+    def __str__(self) -> str:
+        return f"step {self.step} was not captured: {self.why}"
+
+
+class NotRequested(CheckpointError):
+    """Something that was waited for was not asked for."""

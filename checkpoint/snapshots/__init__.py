@@ -1,0 +1,1 @@
+"""Snapshots: the state of every step in memory, captured beside training and flushed later."""
