@@ -72,6 +72,13 @@ class Ownership:
             self.generation = int(begun.results[0])
         return self.generation
 
+    def lineage(self) -> dict[str, int | None]:
+        """What the own generation inherits, for the part of rank 0."""
+        return {
+            "parent": self.parent.generation if self.parent else None,
+            "fork_step": self.parent.step if self.parent else None,
+        }
+
     def release(self) -> None:
         """Let the next job in; may be called twice."""
         if self._lock is not None:

@@ -49,7 +49,7 @@ def test_replicas_are_shared_out_and_come_back(tmp_path: Path) -> None:
         state, checkpointer = _replicated(c, tmp_path)
         with checkpointer:
             checkpointer.load(state)
-            info = checkpointer.save(3, state)
+            info = checkpointer.save(3, state).durable.result()
             wanted = bits(state)
             with torch.no_grad():
                 for parameter in state.model.parameters():
