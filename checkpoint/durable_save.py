@@ -65,7 +65,7 @@ class DurableSave:
         context: dict[str, Any] = {}
 
         def look() -> list[str]:
-            found, told = capture(state, self._place)
+            found, told = self._capture(state)
             live.update(found)
             context.update(told)
             return [self._plan.digest(list(live)), digest_values(context.get("optimizer"))]
@@ -93,6 +93,9 @@ class DurableSave:
             size_bytes=done.results[0],
             duration_s=time.monotonic() - begun_s,
         )
+
+    def _capture(self, state: State) -> tuple[dict[Fragment, LiveTensor], dict[str, Any]]:
+        return capture(state, self._place)
 
     def _write(
         self,
