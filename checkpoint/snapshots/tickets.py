@@ -150,7 +150,9 @@ def decide(reduced: Sequence[int], mine: Ticket, *, durable_every: int | None = 
         )
     if not may_capture(needs, sealed):
         return Decision(action="skip", reason=_why_no_slot(needs), all_sealed=sealed)
-    due = reduced[11] < 0 or (durable_every is not None and step - durable >= durable_every)
+    due = reduced[11] < 0 or (
+        durable_every is not None and step // durable_every > max(durable, 0) // durable_every
+    )
     return Decision(action="capture", reason="", all_sealed=sealed, flush=due and bool(reduced[10]))
 
 
