@@ -20,7 +20,7 @@ from tests.support.copy_sources import MIB, Sources, dense_sources, random_sourc
 NOTHING_COPIED_S = 0.05
 
 
-@pytest.mark.parametrize("seed", range(12))
+@pytest.mark.parametrize("seed", range(1, 9))
 def test_the_reference_copies_what_the_gather_copies(seed: int) -> None:
     sources = random_sources(seed, fragments=6, items=300, block_bytes=1 + 97 * seed)
     data, crcs = sources.empty_target()
