@@ -92,10 +92,12 @@ def seal_and_part(slot: ByteArray) -> tuple[Seal, bytes]:
 
 @dataclass
 class FakeSlots:
-    """Slots as a keeper has them; counts how many are pinned."""
+    """Slots as a keeper has them; counts how often one is pinned at the moment."""
 
     slots: dict[tuple[int, StepId], ByteArray] = field(default_factory=dict)
     pinned: int = 0
+    asked: list[tuple[int, StepId]] = field(default_factory=list)
+    """For which somebody has asked."""
 
     def sealed(self) -> list[tuple[int, StepId]]:
         """Which there are."""
@@ -104,6 +106,7 @@ class FakeSlots:
     @contextlib.contextmanager
     def read(self, rank: int, step_id: StepId) -> Iterator[ByteArray]:
         """One of them."""
+        self.asked.append((rank, step_id))
         slot = self.slots.get((rank, step_id))
         if slot is None:
             raise KeeperError(f"rank {rank} has no sealed slot of step {step_id.step}")

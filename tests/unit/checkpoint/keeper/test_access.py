@@ -188,7 +188,8 @@ def test_a_peer_that_sends_a_byte_now_and_then_gains_no_time(pair: Pair) -> None
 
 
 def test_a_token_has_32_bytes_and_is_not_shown() -> None:
-    assert len(new_token()) == TOKEN_BYTES and new_token() != new_token()
+    assert len(new_token()) == TOKEN_BYTES
+    assert new_token() != new_token()
     with pytest.raises(ValueError, match="6 bytes: expected 32") as raised:
         checked_token(b"secret")
     assert "secret" not in str(raised.value)
