@@ -125,9 +125,7 @@ def _reserve(h: House, c: Client, body: dict[str, Any], fds: list[int], to: Answ
     h.reserve(_rank(c), slot_bytes, slots, made)
 
 
-def _free_others(
-    h: House, c: Client, body: dict[str, Any], fds: list[int], to: Answer
-) -> None:
+def _free_others(h: House, c: Client, body: dict[str, Any], fds: list[int], to: Answer) -> None:
     h.table.free_others(_rank(c))
     h.free_surpassed()
     to()
@@ -170,17 +168,13 @@ def _lend_lock(h: House, c: Client, body: dict[str, Any], fds: list[int], to: An
     to()
 
 
-def _borrow_lock(
-    h: House, c: Client, body: dict[str, Any], fds: list[int], to: Answer
-) -> None:
+def _borrow_lock(h: House, c: Client, body: dict[str, Any], fds: list[int], to: Answer) -> None:
     _rank(c)
     found = h.lock_of(text(body["directory"]))
     to(fds=[] if found is None else [found])
 
 
-def _orphan_order(
-    h: House, c: Client, body: dict[str, Any], fds: list[int], to: Answer
-) -> None:
+def _orphan_order(h: House, c: Client, body: dict[str, Any], fds: list[int], to: Answer) -> None:
     h.set_orphan_order(_rank(c), FlushOrder.from_json(mapping(body["order"])))
     to()
 
@@ -204,8 +198,7 @@ def _holdings(h: House, c: Client, body: dict[str, Any], fds: list[int], to: Ans
     ][:_HOLDINGS_AT_ONCE]
     opened: list[int] = []
     try:
-        for slot in found:
-            opened.append(segments.read_only(slot.fd))
+        opened.extend(segments.read_only(slot.fd) for slot in found)
         told = [_pin(h, c, slot) for slot in found]
         to({"slots": told, "more": len(found) == _HOLDINGS_AT_ONCE}, opened)
     finally:

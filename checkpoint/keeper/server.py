@@ -7,7 +7,7 @@ import socket
 import time
 from collections import deque
 from collections.abc import Callable
-from typing import Any, Protocol
+from typing import Protocol
 
 from everstep.checkpoint.direct_io import ByteArray
 from everstep.checkpoint.errors import KeeperError
@@ -172,7 +172,7 @@ class Keeper:
             if events & selectors.EVENT_READ:
                 frames = client.channel.receive()
             for frame in frames:
-                if client.closed:
+                if client not in self._clients:  # dropped by what it has asked for
                     frame.close()
                 elif frame.body.get("do") == "hello":
                     self._greet(client, frame)
@@ -268,7 +268,12 @@ class Keeper:
         except (EOFError, OSError, WireError):
             self._selector.unregister(channel)
         self._log("the supervisor is gone: starting another one")
-        self._deputy.change(self._new_supervisor(), self._house.holds())
+        try:
+            successor = self._new_supervisor()
+        except OSError as error:
+            self._log(f"there is none: {error}")
+            successor = None
+        self._deputy.change(successor, self._house.holds())
         self._watch_supervisor()
 
     # Life
