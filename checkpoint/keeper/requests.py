@@ -13,7 +13,7 @@ from everstep.checkpoint.keeper.carried import encode_error
 from everstep.checkpoint.keeper.flushes import Outcome
 from everstep.checkpoint.keeper.house import House
 from everstep.checkpoint.keeper.slots import SetShape, Slot, SlotSet
-from everstep.checkpoint.keeper.wire import Channel, Frame, close_all
+from everstep.checkpoint.keeper.wire import Channel, Frame, WireError, close_all
 from everstep.checkpoint.lineage import StepId
 from everstep.checkpoint.snapshots.memory import FlushOrder
 
@@ -57,20 +57,19 @@ class Answer:
         self._send({"id": self._number, "error": encode_error(error)}, [])
 
     def _send(self, body: dict[str, Any], fds: list[int]) -> None:
-        if not self._client.closed:
+        if self._client.closed:
+            return
+        try:
             self._client.channel.send(body, fds)
+        except (OSError, WireError):
+            self._client.channel.shut_down()  # the loop notices
 
 
 Request = Callable[[House, Client, dict[str, Any], list[int], Answer], None]
 
 
 def serve(house: House, client: Client, frame: Frame) -> None:
-    """Do what a client asks; bad requests are answered with an error.
-
-    Raises:
-        OSError: the client is gone.
-        WireError: it does not read its answers.
-    """
+    """Do what a client asks; bad requests are answered with an error."""
     number = frame.body.get("id")
     answer = Answer(client, number if type(number) is int else -1)
     name = str(frame.body.get("do"))[:40]
