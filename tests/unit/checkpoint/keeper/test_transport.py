@@ -251,7 +251,7 @@ def test_a_wrong_token_gets_no_byte_of_a_slot(plane: DataPlane, slots: FakeSlots
     assert not _shares_bytes(bytes(proxy.seen), slots)
 
 
-def test_a_session_that_was_overheard_is_worth_nothing(plane: DataPlane, slots: FakeSlots) -> None:
+def test_what_was_overheard_is_worth_nothing(plane: DataPlane, slots: FakeSlots) -> None:
     with TcpProxy(plane.address) as proxy, RemoteSlots(proxy.address, TOKEN) as remote:
         _read(remote)
     assert len(proxy.asked) == HANDSHAKE_BYTES + REQUEST_BYTES
