@@ -254,7 +254,7 @@ class Protocol(RuleBasedStateMachine):
 
 
 TestProtocol = Protocol.TestCase
-TestProtocol.settings = settings(max_examples=40, stateful_step_count=40)
+TestProtocol.settings = settings(max_examples=50, stateful_step_count=40)
 
 
 @pytest.mark.slow
