@@ -52,6 +52,8 @@ NAP_S = 0.1
 LOCAL_POLL_S = 0.03
 """Between two looks at a local folder."""
 REMOTE_POLL_S = 1.0
+RETRY_S = 1.0
+"""After an error of the store."""
 LOOKING_SHARE = 10
 """Those that wait for the manifest spend a tenth of their time at most on reading votes."""
 
@@ -85,6 +87,7 @@ def flush_slot(
             as far as votes tell them by now. No rank's pack is kept.
         CheckpointError: the directory belongs to another run; or the flush was cancelled after this
             rank had voted: the other ranks may still commit it.
+        OSError: the store could not be reached again until the deadline.
         ValueError: the order's rate is not positive.
     """
     begun_s = time.monotonic()
@@ -275,19 +278,21 @@ class _Flush:
         deadline_s = time.monotonic() + self._order.deadline_s
         look_at_s = 0.0
         while True:
-            now_s = time.monotonic()
-            with contextlib.suppress(OSError):  # a store that is away for a while
+            now_s, pause_s = time.monotonic(), self._poll_s
+            try:
                 if is_committed(self._store, self._step_id):
                     return self._committed()
                 if now_s >= look_at_s:
                     self._look()
                     if self._rank == 0 and self._tally.complete:
-                        return self._commit(self._order.keep)
+                        return self._commit()
                     took_s = time.monotonic() - now_s
                     look_at_s = 0.0 if self._rank == 0 else now_s + LOOKING_SHARE * took_s
+            except OSError:  # a store that is away for a while
+                pause_s = max(pause_s, RETRY_S)
             if time.monotonic() >= deadline_s:
                 return self._too_late()
-            self._sleep_until(min(deadline_s, time.monotonic() + self._poll_s))
+            self._sleep_until(min(deadline_s, time.monotonic() + pause_s))
 
     def _look(self) -> None:
         self._tally.look()
@@ -301,12 +306,12 @@ class _Flush:
 
     def _committed(self) -> tuple[int, str | None]:
         if self._rank == 0:  # an earlier attempt may have been killed before it deleted old ones
-            return self._commit(self._order.keep)
+            return self._commit()
         return self._directory.manifest(self._step_id).size_bytes, None
 
-    def _commit(self, keep: int) -> tuple[int, str | None]:
+    def _commit(self) -> tuple[int, str | None]:
         manifest, warning = publish_step(
-            self._directory, self._step_id, self._order.world_size, keep
+            self._directory, self._step_id, self._order.world_size, self._order.keep
         )
         return manifest.size_bytes, warning
 
