@@ -185,9 +185,12 @@ class _Flush:
         self._cancelled = cancelled
         try:
             owned = self._is_owned()
-            if owned and not is_committed(self._store, self._step_id) and not self._has_voted():
-                self._write(on_bytes)
-                self._directory.put_vote(self._step_id, self._rank, self._part)
+            if owned and not is_committed(self._store, self._step_id):
+                if self._rank == 0 and not self._directory.has_lock:
+                    self._directory.check_newest(self._step_id.generation)
+                if not self._has_voted():
+                    self._write(on_bytes)
+                    self._directory.put_vote(self._step_id, self._rank, self._part)
         except Exception as e:
             self._fail(e)
         if not owned:
@@ -207,18 +210,13 @@ class _Flush:
     # Writing
 
     def _is_owned(self) -> bool:
-        """Whether the snapshot's generation is the directory's, and still its newest."""
-        generation = self._step_id.generation
-        key = generation_key(generation)
+        """Whether the directory is of the run that the snapshot is of."""
+        key = generation_key(self._step_id.generation)
         try:
             record = decode_generation(read_record(self._store, key), self._store.describe(key))
         except ManifestError:  # lost or damaged, which the directory can live with
             return True
-        if owner_digest(record.owner) != self._seal.owner:
-            return False
-        if self._rank == 0 and not self._directory.has_lock:
-            self._directory.check_newest(generation)
-        return True
+        return owner_digest(record.owner) == self._seal.owner
 
     def _has_voted(self) -> bool:
         """Whether there is a vote of this rank, for this snapshot or of a failure."""

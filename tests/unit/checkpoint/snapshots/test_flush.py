@@ -326,14 +326,20 @@ def test_the_directory_of_another_run_is_left_alone(where: str) -> None:
     assert CheckpointDirectory(where).store.list() == ["generations"]
 
 
-def test_a_directory_that_was_lost_to_another_job_gets_nothing() -> None:
+def test_a_directory_that_was_lost_to_another_job_gets_nothing_more() -> None:
     url = f"memory://flush-{next(_NUMBERS)}"
-    directory = CheckpointDirectory(url)
-    for number in (1, 2):
-        directory.create_generation(None, {}, owner="me" if number == 1 else "another")
+    directory, slot = CheckpointDirectory(url), sealed_slot(STEP, owner="me")
+    directory.create_generation(None, {}, owner="me")
+    flush_slot(slot, _order(url))
+    directory.create_generation(STEP, {}, owner="another")
+    late = StepId(1, 8)
     with pytest.raises(SaveFailedError, match="another has begun generation 2"):
-        flush_slot(sealed_slot(STEP, owner="me"), _order(url))
-    assert directory.committed() == []
+        flush_slot(sealed_slot(late, owner="me"), _order(url, step_id=late))
+    assert directory.committed() == [STEP]
+    again = flush_slot(slot, _order(url))
+    assert again.step_id == STEP
+    assert again.warning is not None
+    assert "older checkpoints could not be deleted" in again.warning
 
 
 def test_the_vote_of_another_attempt_is_not_taken_for_the_own(where: str) -> None:
