@@ -120,7 +120,7 @@ def main() -> int:
         missing[DLROVER] = why
     size = TINY if arguments.tiny else QUICK if arguments.quick else FULL
     rounds = arguments.rounds or {TINY: 1, QUICK: 2, FULL: 8}[size]
-    peers_per_round = 3 if size == FULL else len(PLANS)
+    peers_per_round = 2 if size == FULL else len(PLANS)
     load_before = [round(load, 2) for load in os.getloadavg()]
     os.environ["OMP_NUM_THREADS"] = "1"
     began_s = time.monotonic()
@@ -200,10 +200,10 @@ def main() -> int:
         }
         arguments.json.write_text(json.dumps(report, indent=1) + "\n")
     if arguments.plot:
+        step_s = of_none["step_s_quartiles"][1]
         title = (
             f"snapshots of {facts[0]['parameters'] / 1e6:.0f}M parameters "
-            f"({state_bytes / 1e9:.2f} GB) at every step of {of_none['step_s_quartiles'][1]:.2f} s, "
-            f"{RANKS} ranks, {cpu.name}"
+            f"({state_bytes / 1e9:.2f} GB), step {step_s:.2f} s, {RANKS} ranks, {cpu.name}"
         )
         plot(ways, title, arguments.plot)
     return 0

@@ -32,6 +32,11 @@ class Block:
         return sum(rank["cpu_s"] + rank["helpers_cpu_s"] for rank in self.ranks)
 
     @property
+    def peak_bytes(self) -> int:
+        """The peaks of all ranks."""
+        return sum(rank["peak_bytes"] for rank in self.ranks)
+
+    @property
     def unmapped_bytes(self) -> int:
         """Shared memory of the machine beyond what ranks have mapped (that is in their peaks)."""
         mapped_bytes = sum(rank["mapped_shared_bytes"] for rank in self.ranks)
@@ -64,11 +69,9 @@ class Trial:
     @property
     def extra_bytes(self) -> int:
         """Memory of the machine that it took at most beyond what training takes."""
-        grown = [
-            with_["peak_bytes"] - without["peak_bytes"]
-            for with_, without in zip(self.block.ranks, self.before.ranks, strict=True)
-        ]
-        return sum(grown) + self.block.unmapped_bytes + self.block.helpers_bytes
+        around_bytes = (self.before.peak_bytes + self.after.peak_bytes) // 2
+        held_bytes = self.block.peak_bytes + self.block.unmapped_bytes + self.block.helpers_bytes
+        return held_bytes - around_bytes
 
 
 def trials_of(blocks: Sequence[Block]) -> dict[str, list[Trial]]:

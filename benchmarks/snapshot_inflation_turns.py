@@ -23,8 +23,8 @@ class Size:
     seq_len: int
 
 
-FULL = Size(dim=768, layers=12, heads=12, ffn_dim=2048, vocab=16384, batch=1, seq_len=192)
-QUICK = Size(dim=384, layers=8, heads=6, ffn_dim=1024, vocab=8192, batch=1, seq_len=192)
+FULL = Size(dim=768, layers=12, heads=12, ffn_dim=2048, vocab=16384, batch=1, seq_len=160)
+QUICK = Size(dim=384, layers=8, heads=6, ffn_dim=1024, vocab=8192, batch=1, seq_len=160)
 TINY = Size(dim=32, layers=2, heads=2, ffn_dim=64, vocab=64, batch=1, seq_len=16)
 
 
@@ -48,8 +48,8 @@ class Plan:
 
 
 PLANS = {
-    NONE: Plan(label="no snapshots", warm_up=0, measured=2),
-    COPY: Plan(label="copy floor: one memcpy", warm_up=0),
+    NONE: Plan(label="no snapshots", measured=2),
+    COPY: Plan(label="copy floor: one memcpy"),
     MEMORY: Plan(label="everstep, memory", warm_up=2),
     DURABLE: Plan(label="everstep, memory + durable every 5", period=5, warm_up=2, measured=5),
     DCP_BEST: Plan(label="DCP async, best mode"),
