@@ -18,7 +18,7 @@ finds a newer generation than its own has lost the directory and stops.
 import contextlib
 import os
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -35,12 +35,12 @@ from everstep.checkpoint.generations import Generations
 from everstep.checkpoint.leases import free_to_delete, held_for_reading
 from everstep.checkpoint.lineage import Generation, StepId, in_lineage
 from everstep.checkpoint.manifest import (
-    Lineage,
     Manifest,
     Part,
     decode_manifest,
     encode_manifest,
     encode_part,
+    lineage_of,
 )
 from everstep.checkpoint.records import read_record
 from everstep.checkpoint.retention import abandoned, superfluous
@@ -246,12 +246,16 @@ class CheckpointDirectory:
             CheckpointError: the others have given this rank up.
             FileExistsError: another attempt has voted.
         """
-        key = part_key(StepId(part.generation, part.step), part.rank)
+        self.put_vote(StepId(part.generation, part.step), part.rank, encode_part(part))
+
+    def put_vote(self, step_id: StepId, rank: int, part: bytes) -> None:
+        """``put_part`` of a part that is encoded already."""
+        key = part_key(step_id, rank)
         try:
-            put_once(self.store, key, encode_part(part), settle=False)
+            put_once(self.store, key, part, settle=False)
         except FileExistsError:
             if cause := self._failure(key):
-                raise CheckpointError(f"rank {part.rank} was given up: {cause}") from None
+                raise CheckpointError(f"rank {rank} was given up: {cause}") from None
             raise
 
     def put_failure(self, step_id: StepId, rank: int, cause: str) -> None:
@@ -283,12 +287,7 @@ class CheckpointDirectory:
             StepExistsError: the step is committed with other content.
         """
         parts = self._parts(step_id, world_size)
-        told = parts[0].context.get("lineage")
-        try:
-            lineage = Lineage(told["parent"], told["fork_step"]) if told else None
-        except (KeyError, TypeError) as e:
-            where = self.store.describe(part_key(step_id, 0))
-            raise ManifestError(where, f"its lineage is none: {e!r}") from None
+        lineage = lineage_of(parts[0], self.store.describe(part_key(step_id, 0)))
         manifest = self._assembly.manifest(parts, lineage)
         folder = step_key(step_id)
         try:
@@ -329,9 +328,18 @@ class CheckpointDirectory:
         return gone
 
     def collect_garbage(
-        self, *, grace_s: float = GRACE_S, now_s: float | None = None
+        self,
+        *,
+        grace_s: float = GRACE_S,
+        now_s: float | None = None,
+        spare: Collection[StepId] = (),
     ) -> list[StepId]:
         """Delete steps that were begun and never committed; those that were deleted.
+
+        Args:
+            grace_s: how long a writer may need to notice that it lost a store without a lock.
+            now_s: the time, seconds since the epoch.
+            spare: what a keeper is still writing for the holder of the lock.
 
         Where there is a lock, only for its holder, before it begins a step: nobody else can own one
         then. Where there is none, for anyone: see ``abandoned``. What cannot be deleted stays for
@@ -339,7 +347,7 @@ class CheckpointDirectory:
         """
         steps = steps_in(self.store)
         committed = [s for s in steps if is_committed(self.store, s)]
-        garbage = sorted(set(steps) - set(committed))
+        garbage = sorted(set(steps) - {*committed, *spare})
         if self.has_lock:
             if isinstance(self.store, LocalStore):
                 self.store.clear_temporaries(GENERATIONS)
