@@ -10,6 +10,8 @@ and so on. The inflation of a block is its mean step time over that of its two n
 minus one; of a way, the median over its blocks. Everstep's ways and the copy floor have a block in
 every round, the peers take turns. Each block makes its way anew, and its first steps do not count.
 
+- ``memory``: ``everstep.Checkpointer`` captures every step, into a keeper's memory (``--slots
+  process``: into its own), with checksums and seals; ``durable``: and makes every fifth durable;
 - ``copy_floor``: every byte copied once per step, by the main thread, into memory that was touched
   before: nothing that captures the state in memory can do with less;
 - ``dcp_best``: ``torch.distributed.checkpoint.async_save`` with ``StagingOptions(False, False,
@@ -58,8 +60,10 @@ from snapshot_inflation_report import (
 from snapshot_inflation_turns import (
     DLROVER,
     FULL,
+    KEEPER,
     NONE,
     PLANS,
+    PROCESS,
     QUICK,
     RANKS,
     TINY,
@@ -104,6 +108,7 @@ def main() -> int:
     parser.add_argument("--rounds", type=int, help="blocks of each of our ways (8; 2 with --quick)")
     parser.add_argument("--ways", help=f"only these, by commas: {', '.join([*PLANS][1:])}")
     parser.add_argument("--adamw", choices=("foreach", "fused", "loop"), default="foreach")
+    parser.add_argument("--slots", choices=(KEEPER, PROCESS), default=KEEPER, help="everstep's")
     parser.add_argument("--json", type=Path, help="where to write the result")
     parser.add_argument("--plot", type=Path, help="where to write a picture (needs matplotlib)")
     parser.add_argument("--dir", type=Path, help="on the disk that is written to (the temporary)")
@@ -129,7 +134,12 @@ def main() -> int:
         tempfile.TemporaryDirectory(prefix="everstep-bench-", dir=arguments.dir) as disk,
         tempfile.TemporaryDirectory(prefix="everstep-bench-", dir=TMPFS) as memory,
         Ranks(
-            "snapshot_inflation_worker:Worker", RANKS, Path(disk), size, arguments.adamw
+            "snapshot_inflation_worker:Worker",
+            RANKS,
+            Path(disk),
+            size,
+            arguments.adamw,
+            arguments.slots,
         ) as ranks,
     ):
         written_to = file_system(Path(disk))
@@ -192,6 +202,7 @@ def main() -> int:
                 "threads_per_rank": 1,
             },
             "rounds": rounds,
+            "slots": arguments.slots,
             "missing": missing,
             "goals": [{**asdict(goal), "met": goal.met} for goal in shown],
             "none": of_none,

@@ -4,6 +4,8 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 RANKS = 2
+KEEPER, PROCESS = "keeper", "process"
+"""Where everstep's slots may be: in a keeper's memory, or in that of the trainer itself."""
 
 NONE, COPY, MEMORY, DURABLE = "none", "copy_floor", "memory", "durable"
 DCP_BEST, DCP_BEST_5, DCP_STAGING = "dcp_best", "dcp_best_every_5", "dcp_staging"

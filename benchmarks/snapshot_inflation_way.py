@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch.distributed as dist
 from snapshot_inflation_training import Training
@@ -19,6 +20,8 @@ class Place:
     """A new folder for all ranks, in tmpfs."""
     group: dist.ProcessGroup
     """Of all ranks, for what communicates behind the training's back."""
+    slots: str
+    """Where everstep's slots are: KEEPER or PROCESS."""
 
 
 class Way:
@@ -49,3 +52,7 @@ class Way:
     def skipped(self) -> int:
         """How many snapshots it did not take, so far."""
         return 0
+
+    def details(self) -> dict[str, Any]:
+        """What else it has to tell, after ``close``."""
+        return {}

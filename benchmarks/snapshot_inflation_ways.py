@@ -1,4 +1,4 @@
-"""The ways of the snapshot benchmark that need no library, and the list of all."""
+"""The ways of the snapshot benchmark that are a few lines, and the list of all."""
 
 import ctypes
 import os
@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from snapshot_inflation_dcp import DcpBest, DcpDefault, DcpStaging, DcpSync
 from snapshot_inflation_dlrover import FlashCheckpoint
+from snapshot_inflation_ours import DurableSnapshots, Snapshots
 from snapshot_inflation_training import Training
 from snapshot_inflation_turns import (
     COPY,
@@ -18,6 +19,8 @@ from snapshot_inflation_turns import (
     DCP_STAGING,
     DCP_SYNC,
     DLROVER,
+    DURABLE,
+    MEMORY,
     NONE,
     TORCH,
 )
@@ -59,6 +62,8 @@ WAYS: Mapping[str, Callable[[Training, Place], Way]] = MappingProxyType(
     {
         NONE: Way,
         COPY: CopyFloor,
+        MEMORY: Snapshots,
+        DURABLE: DurableSnapshots,
         DCP_BEST: DcpBest,
         DCP_BEST_5: DcpBest,
         DCP_STAGING: DcpStaging,

@@ -33,9 +33,9 @@ FIRST_MEASURED = 100
 class Worker:
     """The training of one rank, which goes on from block to block."""
 
-    def __init__(self, rank: int, size: Size, adamw: str) -> None:
+    def __init__(self, rank: int, size: Size, adamw: str, slots: str) -> None:
         warnings.simplefilter("ignore")  # peers' advice for training jobs
-        self._rank = rank
+        self._rank, self._slots = rank, slots
         self._group = dist.new_group(backend="gloo", timeout=timedelta(minutes=10))
         self._training = Training(rank, size, adamw)
         for _ in range(FIRST_STEPS):
@@ -56,7 +56,9 @@ class Worker:
         begin_peak()
         shared_before_bytes = shared_bytes()
         dist.barrier()
-        place = Place(rank=self._rank, disk=disk, memory=memory, group=self._group)
+        place = Place(
+            rank=self._rank, disk=disk, memory=memory, group=self._group, slots=self._slots
+        )
         way, main_thread = WAYS[name](training, place), MainThread()
         way.before_training()
         hooks = [
@@ -67,14 +69,12 @@ class Worker:
         cpu_s = helpers_cpu_s = skipped = 0.0
         for number in range(plan.warm_up + plan.measured):
             if number == plan.warm_up:
-                if plan.period > 1:
-                    way.drain()
                 dist.barrier()
                 cpu_s, helpers_cpu_s = own_cpu_s(), cpu_s_of(way.helpers())
                 skipped = way.skipped()
             began_s = time.monotonic()
             with main_thread.saving():
-                if (number - plan.warm_up) % plan.every == 0:
+                if number == 0 or (number - plan.warm_up) % plan.every == 0:
                     way.after_step(FIRST_MEASURED + number - plan.warm_up)
             if number == 0:  # a way may bring a hook of its own with its first snapshot
                 hooks.append(
@@ -82,6 +82,8 @@ class Worker:
                 )
             training.step()
             step_s.append(time.monotonic() - began_s)
+            if number < plan.warm_up and plan.period > 1:
+                way.drain()
         found = {
             "step_s": step_s[plan.warm_up :],
             "cpu_s": (own_cpu_s() - cpu_s) / plan.measured,
@@ -93,7 +95,7 @@ class Worker:
             hook.remove()
         found |= self._held(way, shared_before_bytes)
         way.close()
-        return found
+        return found | {"details": way.details()}
 
     def _held(self, way: Way, shared_before_bytes: int) -> dict[str, int]:
         """Memory at the end of a block, while nothing has been let go of on any rank."""
