@@ -20,9 +20,13 @@ from snapshot_inflation_way import Way
 _ENGINE = "dlrover.trainer.torch.flash_checkpoint.full_ckpt_engine"
 _SOCKETS = "/tmp/ckpt_sock"
 """DLRover's own choice."""
-_AGENT = (
-    "from dlrover.trainer.torch.flash_checkpoint.engine import start_async_save; start_async_save()"
-)
+_AGENT = """
+import os, sys, threading
+threading.Thread(target=lambda: (sys.stdin.read(), os._exit(0)), daemon=True).start()
+from dlrover.trainer.torch.flash_checkpoint.engine import start_async_save
+start_async_save()
+"""
+"""Ends with the rank that has started it."""
 
 
 def why_missing() -> str | None:
@@ -62,7 +66,10 @@ class FlashCheckpoint(Way):
             "GROUP_WORLD_SIZE": "1",
             "DLROVER_LOG_LEVEL": "ERROR",
         }
-        self._agent = subprocess.Popen([sys.executable, "-c", _AGENT]) if rank == 0 else None
+        self._agent: subprocess.Popen[bytes] | None = None
+        if rank == 0:
+            command = [sys.executable, "-W", "ignore", "-c", _AGENT]
+            self._agent = subprocess.Popen(command, stdin=subprocess.PIPE)
         dist.barrier()
         storage = importlib.import_module("dlrover.python.common.storage")
         self._engine = importlib.import_module(_ENGINE).FullCheckpointEngine(
@@ -86,7 +93,7 @@ class FlashCheckpoint(Way):
         dist.barrier()
         if self._agent is not None:
             self._agent.kill()
-            self._agent.wait()
+            self._agent.communicate()
             shutil.rmtree(f"{_SOCKETS}/{self._job}", ignore_errors=True)
 
     def helpers(self) -> Sequence[int]:

@@ -10,6 +10,8 @@ from typing import Any
 from snapshot_inflation_turns import COPY, DURABLE, MEMORY, NONE, PLANS
 
 RESAMPLES = 2000
+MAIN_THREAD = ("save_s", "save_cpu_s", "fence_s", "fence_cpu_s")
+"""What a rank tells of its main thread, for each step."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -126,7 +128,7 @@ def summary(way: str, trials: Sequence[Trial], state_bytes: int) -> dict[str, An
         },
         "main_thread_per_snapshot": {
             name: quartiles([s for rank in ranks for s in rank[name][:: plan.every]])
-            for name in ("save_s", "save_cpu_s", "fence_s", "fence_cpu_s")
+            for name in MAIN_THREAD
         },
         "extra_memory_bytes": extra_bytes,
         "extra_memory_of_state": extra_bytes / state_bytes,
