@@ -120,5 +120,6 @@ def _left_in(folder: Path, limit_name: str, usage_name: str) -> int:
         stat = (folder / "memory.stat").read_text()
     except (OSError, ValueError):
         return 2**62
-    cache = re.search(r"^(?:total_)?inactive_file (\d+)$", stat, re.MULTILINE)
-    return limit - usage + (int(cache[1]) if cache else 0)
+    caches = dict(re.findall(r"^(\w*inactive_file) (\d+)$", stat, re.MULTILINE))
+    cache = caches.get("total_inactive_file", caches.get("inactive_file", "0"))  # with subgroups
+    return limit - usage + int(cache)

@@ -263,8 +263,7 @@ def test_the_next_process_of_a_rank_takes_its_place(keeper: KeeperThread) -> Non
     with keeper.connect() as second:
         assert holds(second.reserve(SLOT_BYTES, 1)[0], 2)
         with pytest.raises(KeeperError, match="has taken the place of this rank"):
-            eventually(first.status)
-            first.reserve(SLOT_BYTES, 1)
+            first.status()
         first.close()
         assert second.status()["trainers"] == [{"rank": 0, "pid": os.getpid()}]
 
@@ -338,13 +337,13 @@ def test_without_a_keeper_calls_fail_in_time(place: KeeperPlace, tmp_path: Path)
     place.clear()
     with pytest.raises(KeeperError, match="everstep keeper start --job job"):
         result(future)
-    with pytest.raises(KeeperError, match="has not answered 'pinned' within 0.3 s"):
+    with pytest.raises(KeeperError, match="has not answered 'pinned' within 0"):
         memory.pinned()
     memory.sealed(0, None)
     memory.close()
     with pytest.raises(KeeperError, match="is closed"):
         memory.pinned()
-    with pytest.raises(KeeperError, match="is not there: .*everstep keeper start --job job"):
+    with pytest.raises(KeeperError, match=r"is not there: .*everstep keeper start --job job"):
         KeeperMemory("job", rank=0, world_size=1, place=place.root)
 
 
@@ -362,8 +361,8 @@ def test_bad_requests_are_refused_and_cost_nothing(keeper: KeeperThread) -> None
         for do in ("nonsense", "flush", "sealed", "adopt", "lend_lock", "pin_again", "goodbye"):
             with pytest.raises(KeeperError):
                 memory._link.call(do)
+        shape = {"set_id": "x", "rank": 0, "slot_bytes": 4096, "slots": 1}
         with open(os.devnull) as file, pytest.raises(KeeperError, match="no memfd"):
-            shape = {"set_id": "x", "rank": 0, "slot_bytes": 4096, "slots": 1}
             memory._link.call("adopt", [file.fileno()], **shape)
         connection = keeper.place.connect()
         connection.sendall(b"GET / HTTP/1.1\r\n\r\n")
