@@ -128,8 +128,11 @@ class House:
             return
         waiting = self._making.pop((shape.rank, shape.slot_bytes, shape.slots))
         self.table.break_promise(shape)
-        if error is None:
-            self.adopt(shape, fds, current=True)
+        try:
+            if error is None:
+                self.adopt(shape, fds, current=True)
+        except (OSError, ValueError) as e:
+            error = e
         found = self.table.current(shape.rank)
         for made in waiting:
             made(error or found or KeeperError("the slots were freed while they were made"))
@@ -199,8 +202,8 @@ class House:
 
         try:
             self.flushes.start(slot, order, tell)
-        except KeeperError as error:
-            self._log(str(error))
+        except (KeeperError, TypeError) as error:  # overwritten; an order that is none
+            self._log(f"step {order.step_id.step} of rank {order.rank} is not flushed: {error}")
 
     def _needed(self, slot: Slot, order: FlushOrder, needed: bool) -> None:
         note = {"set_id": slot.shape.set_id, "index": slot.index, "order": order.as_json()}
@@ -259,7 +262,11 @@ class House:
                 self._locks[meta["directory"]] = _Lock(fds[0], meta["rank"])
                 continue
             shape = SetShape.from_json(meta)
-            self.table.add(shape, fds)
+            try:
+                self.table.add(shape, fds)
+            except (OSError, ValueError) as error:
+                self._log(f"rank {shape.rank}: {shape.slots} slots are lost: {error}")
+                continue
             self._log(f"rank {shape.rank}: {shape.slots} slots of the keeper before this one")
             if self._deputy.notes.get(f"current/{shape.rank}") == shape.set_id:
                 self.table.use(shape.set_id)

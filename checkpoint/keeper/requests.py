@@ -81,9 +81,9 @@ def serve(house: House, client: Client, frame: Frame) -> None:
                 "the job, and stop and start the keeper"
             )
         _REQUESTS[name](house, client, frame.body, fds, answer)
-    except EverstepError as error:
+    except (EverstepError, OSError) as error:
         answer.fail(error)
-    except (ValueError, TypeError, KeyError) as error:
+    except Exception as error:  # a keeper that ends of it would be asked the same again
         answer.fail(KeeperError(f"the keeper cannot do {name!r}: {type(error).__name__}: {error}"))
     finally:
         close_all(fds)

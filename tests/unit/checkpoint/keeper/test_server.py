@@ -337,7 +337,7 @@ def test_without_a_keeper_calls_fail_in_time(place: KeeperPlace, tmp_path: Path)
     place.clear()
     with pytest.raises(KeeperError, match="everstep keeper start --job job"):
         result(future)
-    with pytest.raises(KeeperError, match="has not answered 'pinned' within 0"):
+    with pytest.raises(KeeperError, match="everstep keeper start --job job"):
         memory.pinned()
     memory.sealed(0, None)
     memory.close()
@@ -492,6 +492,18 @@ memory.close()
         env={**os.environ, "PYTHONPATH": os.getcwd()},
     )
     assert found.stdout == "3 0 set()\n"
+
+
+def test_a_trainer_is_killed_before_its_keeper() -> None:
+    code = """
+from everstep.checkpoint.keeper.client import prefer_dying
+print(prefer_dying(300), prefer_dying(200), open("/proc/self/oom_score_adj").read())
+"""
+    command = [sys.executable, "-c", code]
+    environment = {**os.environ, "PYTHONPATH": os.getcwd()}
+    out = subprocess.check_output(command, env=environment, timeout=30, text=True)
+    first, second, now = map(int, out.split())
+    assert first == second == now >= 300
 
 
 def test_arrays_outlive_the_memory(keeper: KeeperThread) -> None:
