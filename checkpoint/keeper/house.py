@@ -145,15 +145,16 @@ class House:
 
     @property
     def all_sealed(self) -> StepId | None:
-        """The newest snapshot that all ranks have sealed, as far as it was told."""
+        """A snapshot that all ranks have sealed: the one that was told last.
+
+        Not the newest that was ever told, which may be of a run that was begun anew since.
+        """
         told = self._deputy.notes.get("all_sealed")
         return None if told is None else StepId(*told)
 
     def tell_all_sealed(self, step_id: StepId) -> None:
         """Take note of it."""
-        known = self.all_sealed
-        if known is None or step_id > known:
-            self._deputy.note("all_sealed", list(step_id))
+        self._deputy.note("all_sealed", list(step_id))
 
     # Flushes
 
@@ -173,7 +174,7 @@ class House:
         chosen, why = worth_flushing(held, self.all_sealed)
         if held:
             self._log(why)
-        for slot in chosen:
+        for slot in chosen:  # those that were overwritten meanwhile are refused
             rank, seal = slot.shape.rank, seals[slot]
             coded = self._deputy.notes.get(f"orphan/{rank}")
             if coded is None:
@@ -202,7 +203,7 @@ class House:
 
         try:
             self.flushes.start(slot, order, tell)
-        except (KeeperError, TypeError) as error:  # overwritten; an order that is none
+        except TypeError as error:  # an order that is none
             self._log(f"step {order.step_id.step} of rank {order.rank} is not flushed: {error}")
 
     def _needed(self, slot: Slot, order: FlushOrder, needed: bool) -> None:

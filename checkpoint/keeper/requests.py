@@ -146,8 +146,8 @@ def _flush(h: House, c: Client, body: dict[str, Any], fds: list[int], to: Answer
     slot = h.table.slot(text(body["set_id"]), natural(body["index"]))
     if slot is None or slot.shape.rank != _rank(c) or order.rank != c.rank:
         raise KeeperError(
-            f"rank {c.rank} asks to flush slot {body['index']}, which it has not reserved: reserve "
-            "slots first"
+            f"there is no slot {body['index']} of rank {order.rank} for rank {c.rank}: flush what "
+            "it has reserved"
         )
 
     def tell(outcome: Outcome) -> None:

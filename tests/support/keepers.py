@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from everstep.checkpoint.direct_io import ByteArray
-from everstep.checkpoint.errors import SaveFailedError
+from everstep.checkpoint.errors import SaveFailedError, SlotMemoryError
 from everstep.checkpoint.keeper import segments
 from everstep.checkpoint.keeper.client import KeeperMemory
 from everstep.checkpoint.keeper.deputy import Deputy
@@ -100,7 +100,8 @@ def flush_to_file(
     path = directory / f"{order.step_id.step}-{order.rank}"
     if not path.exists():
         found = read_seal(slot)
-        assert found is not None
+        if found is None or found.step_id != order.step_id:
+            raise SlotMemoryError(f"the slot does not hold step {order.step_id.step}")
         with open(directory / "tries", "a") as tries:
             tries.write(f"{order.step_id.step}-{order.rank}\n")
         while (directory / "hold").exists() and not cancelled():

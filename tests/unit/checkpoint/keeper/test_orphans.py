@@ -36,8 +36,8 @@ def test_ranks_elsewhere_make_it_whole() -> None:
 def test_runs_and_sizes_are_not_mixed() -> None:
     slots = [held(4, 0), held(4, 1, owner="b"), held(4, 1, 3)]
     assert worth_flushing(slots, None)[0] == []
-    slots.append(held(3, 0, 1, "c"))
-    assert worth_flushing(slots, None)[0] == ["c3.0"]
+    slots += [held(3, 0, 1, "c"), held(2, 0, 1, "c"), held(1, 0, 1, "d")]
+    assert sorted(worth_flushing(slots, None)[0]) == ["c3.0", "d1.0"]
 
 
 def test_nothing() -> None:

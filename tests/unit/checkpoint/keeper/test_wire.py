@@ -8,7 +8,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from everstep.checkpoint.keeper.wire import MAX_BODY_BYTES, MAX_DESCRIPTORS, Channel, WireError
+from everstep.checkpoint.keeper.wire import (
+    MAX_BODY_BYTES,
+    MAX_DESCRIPTORS,
+    Channel,
+    Frame,
+    WireError,
+)
 
 Pair = tuple[Channel, Channel, socket.socket]
 
@@ -31,7 +37,7 @@ def test_frames_arrive_with_their_descriptors(pair: Pair) -> None:
     first.send({"n": 3}, [read, write])
     os.close(read)
     os.close(write)
-    frames = []
+    frames: list[Frame] = []
     while len(frames) < 3:
         frames += second.receive()
     assert [(f.body["n"], len(f.fds)) for f in frames] == [(1, 0), (2, 1), (3, 2)]
@@ -49,7 +55,7 @@ def test_what_does_not_fit_waits(pair: Pair) -> None:
     first.send(body)
     first.send({"n": 2})
     assert first.unsent
-    frames = []
+    frames: list[Frame] = []
     while len(frames) < 2:
         frames += second.receive()
         first.flush()
