@@ -14,6 +14,7 @@ from everstep.checkpoint.errors import SaveFailedError, SlotMemoryError
 from everstep.checkpoint.keeper import segments
 from everstep.checkpoint.keeper.client import KeeperMemory
 from everstep.checkpoint.keeper.deputy import Deputy
+from everstep.checkpoint.keeper.flushes import FlushSlot
 from everstep.checkpoint.keeper.place import KeeperPlace
 from everstep.checkpoint.keeper.server import DataPlaneFactory, Keeper
 from everstep.checkpoint.kernels import crc32c
@@ -132,6 +133,7 @@ class KeeperThread:
         *,
         budget_bytes: int = 2**30,
         linger_s: float = 60.0,
+        flush: FlushSlot = flush_to_file,
         data_plane_factory: DataPlaneFactory | None = None,
     ) -> None:
         place.make()
@@ -143,7 +145,7 @@ class KeeperThread:
             Deputy(None),
             budget_bytes=budget_bytes,
             linger_s=linger_s,
-            flush=flush_to_file,
+            flush=flush,
             log=self.lines.append,
             token=place.make_token(),
             data_plane_factory=data_plane_factory,
@@ -167,7 +169,7 @@ class KeeperThread:
         assert not self._thread.is_alive(), "the keeper has not ended"
 
     def end(self) -> None:
-        """As ``everstep keeper stop --now``."""
+        """As ``everstep keeper stop --now``; may be called twice."""
         self.keeper._house.stop("now")
         self.keeper._post(lambda: None)
         self.wait()

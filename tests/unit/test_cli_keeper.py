@@ -11,11 +11,12 @@ import pytest
 import typer
 
 import everstep
+from everstep.checkpoint.errors import KeeperError
 from everstep.checkpoint.keeper import control
 from everstep.checkpoint.keeper.place import KeeperPlace
 from everstep.cli_keeper import describe_keeper, parse_size
 from tests.support.cli import command, exit_code, wait_until
-from tests.support.keepers import KeeperThread, processes_of, seal
+from tests.support.keepers import KeeperThread, eventually, processes_of, seal
 
 ROOT = Path(everstep.__file__).parent.parent
 
@@ -86,6 +87,14 @@ def test_it_stays_in_the_foreground_until_it_is_stopped(
         started.assert_nothing_left()
         assert "asked to end" in started.output
     assert not list(processes_of(place))
+
+
+def test_a_keeper_that_cannot_be_started_says_why(tmp_path: Path) -> None:
+    place = tmp_path / "place"
+    with pytest.raises(KeeperError, match=r"does not come up; .*no such program"):
+        control.start("job", place=place, module="tests.support.broken_keeper", timeout_s=30)
+    eventually(lambda: not list(processes_of(place)))
+    assert sorted(p.name for p in (place / "job").iterdir()) == ["keeper.log", "lock"]
 
 
 def test_a_keeper_is_light() -> None:
