@@ -374,6 +374,7 @@ class Keeper:
             self._drop(client)
         self._house.close()
         self._selector.close()
-        os.close(self._wake)
+        wake, self._wake = self._wake, -1  # flushes may still end, in their threads
+        os.close(wake)
         if self._deputy.channel is not None:
             self._deputy.channel.close()
