@@ -128,13 +128,13 @@ class Keeper:
         """Make durable what is newest, let trainers end, and end; for handlers of signals."""
         self._signalled = True
         self._house.stop("flush")
-        os.eventfd_write(self._wake, 1)
+        self._post(lambda: None)
 
     # Events
 
     def _post(self, action: Callable[[], None]) -> None:
         self._posted.append(action)
-        with contextlib.suppress(OSError):  # the loop has ended
+        with contextlib.suppress(OSError, ValueError):  # the loop has ended
             os.eventfd_write(self._wake, 1)
 
     def _run_posted(self, _: int) -> None:
