@@ -111,6 +111,7 @@ def stop(
     epilog="""\b
 Examples:
   everstep keeper status
+  everstep keeper status --job run7
   everstep keeper status --json | jq '.[].flushes.last'
 
 \b

@@ -1,6 +1,5 @@
 """Start and stop keepers, and ask them how they are."""
 
-import contextlib
 import os
 import select
 import subprocess
@@ -193,13 +192,20 @@ def ask(where: KeeperPlace, body: dict[str, Any], *, timeout_s: float) -> dict[s
 
 def _wait_for_answer(where: KeeperPlace, timeout_s: float) -> None:
     deadline_s = time.monotonic() + timeout_s
+    was_held = False
     while time.monotonic() < deadline_s:
-        with contextlib.suppress(KeeperError):
+        try:
             if ask(where, {"do": "status"}, timeout_s=timeout_s) is not None:
                 return
+        except KeeperError:  # it was there
+            was_held = True
+        is_held = where.is_held()
+        if was_held and not is_held:
+            break  # it has given up
+        was_held = is_held
         time.sleep(_POLL_S)
     lines = where.log.read_text(errors="replace").splitlines()[-3:] if where.log.exists() else []
     raise KeeperError(
-        f"the keeper of job {where.job} has not come up within {timeout_s:g} s; the end of "
-        f"{where.log}: {' | '.join(lines) or 'nothing'}"
+        f"the keeper of job {where.job} does not come up; mend what the end of {where.log} says: "
+        f"{' | '.join(lines) or 'nothing'}"
     )

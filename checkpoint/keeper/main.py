@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from everstep.checkpoint.keeper.server import DataPlaneFactory
 
 MODULE = "everstep.checkpoint.keeper.main"
+_LOCK_WAIT_S = 1.0
 
 
 def main(
@@ -90,7 +91,7 @@ def _supervise(options: argparse.Namespace, module: str) -> int:
         channel = Channel(socket.socket(fileno=options.channel_fd))
         lock, listener = options.lock_fd, socket.socket(fileno=options.listen_fd)
     else:
-        held = place.lock()
+        held = place.lock(wait_s=_LOCK_WAIT_S)
         if held is None:
             return 0  # somebody was faster
         lock, listener = held, place.listen()

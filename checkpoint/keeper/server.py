@@ -128,13 +128,13 @@ class Keeper:
         """Make durable what is newest, let trainers end, and end; for handlers of signals."""
         self._signalled = True
         self._house.stop("flush")
-        os.eventfd_write(self._wake, 1)
+        self._post(lambda: None)
 
     # Events
 
     def _post(self, action: Callable[[], None]) -> None:
         self._posted.append(action)
-        with contextlib.suppress(OSError):  # the loop has ended
+        with contextlib.suppress(OSError, ValueError):  # the loop has ended
             os.eventfd_write(self._wake, 1)
 
     def _run_posted(self, _: int) -> None:
@@ -374,6 +374,7 @@ class Keeper:
             self._drop(client)
         self._house.close()
         self._selector.close()
-        os.close(self._wake)
+        wake, self._wake = self._wake, -1  # flushes may still end, in their threads
+        os.close(wake)
         if self._deputy.channel is not None:
             self._deputy.channel.close()
