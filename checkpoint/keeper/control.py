@@ -13,6 +13,7 @@ from everstep.checkpoint.errors import KeeperError
 from everstep.checkpoint.keeper.carried import decode_error
 from everstep.checkpoint.keeper.main import MODULE
 from everstep.checkpoint.keeper.place import KeeperPlace, is_absence, jobs_in
+from everstep.checkpoint.keeper.transport import address_of
 from everstep.checkpoint.keeper.wire import Channel, WireError
 
 DEFAULT_LINGER_S = 900.0
@@ -37,7 +38,8 @@ def start(
         place: the directory of sockets; None: the default.
         budget_bytes: memory for all slots; None: 80 % of what is available now.
         linger_s: how long it stays without any trainer.
-        interface: of the network, for the data plane.
+        interface: of the network on which other nodes of the job may read snapshots; None: they
+            may not.
         timeout_s: how long its answer is waited for.
         module: that runs it.
 
@@ -47,6 +49,8 @@ def start(
     Raises:
         KeeperError: it does not come up, or the place is not safe.
     """
+    if interface is not None:
+        address_of(interface)
     where = KeeperPlace.of(job, place)
     where.make()
     if where.is_held():

@@ -5,7 +5,6 @@ Started by ``control.start``, as a supervisor, which starts the keeper as a seco
 
 import argparse
 import contextlib
-import importlib
 import os
 import resource
 import signal
@@ -42,7 +41,8 @@ def main(
         arguments: as ``control.start`` makes them.
         module: that processes started by this one run; it calls this function.
         flush: makes snapshots durable; default: ``snapshots.flush.flush_slot``.
-        data_plane_factory: see ``server.Keeper``.
+        data_plane_factory: see ``server.Keeper``; default: a data plane on ``--interface``, where
+            one is named.
     """
     options = _parse(arguments)
     if options.detach and os.fork():
@@ -152,7 +152,7 @@ def _keep(
         flush=flush or _flush_slot(),
         log=_log,
         token=KeeperPlace.of(options.job, options.place).make_token(),
-        data_plane_factory=data_plane_factory,
+        data_plane_factory=data_plane_factory or (_data_plane() if options.interface else None),
         interface=options.interface,
         new_supervisor=new_supervisor,
     )
@@ -163,12 +163,21 @@ def _keep(
 
 
 def _flush_slot() -> "FlushSlot":
-    # what it imports is needed at the first flush only
-    def flush_slot(*arguments: Any, **named: Any) -> Any:
-        module = importlib.import_module("everstep.checkpoint.snapshots.flush")
-        return module.flush_slot(*arguments, **named)
+    def flush(*arguments: Any, **named: Any) -> Any:
+        # what it imports is needed at the first flush only
+        from everstep.checkpoint.snapshots.flush import flush_slot
 
-    return flush_slot
+        return flush_slot(*arguments, **named)
+
+    return flush
+
+
+def _data_plane() -> "DataPlaneFactory":
+    from everstep.checkpoint.keeper.transport import DataPlane
+
+    return lambda read, sealed, token, interface: DataPlane(
+        read, token, sealed_slots=sealed, interface=interface
+    )
 
 
 def _log(line: str) -> None:
