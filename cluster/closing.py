@@ -18,6 +18,8 @@ class Outcome:
     """Why it failed, where no rank failed on its own."""
     cause: Cause | None = None
     """Which rank failed first, where one did."""
+    not_again: str | None = None
+    """Why ranks that failed were not started again, where they might have been."""
     step: int | None = None
     """The last step that was reported."""
     saved_step: int | None = None
@@ -42,9 +44,25 @@ def closing_lines(outcome: Outcome, logs: Path, world_size: int, again: str) -> 
         return [Line("stopped at once, without saving"), _go_on(outcome, again)]
     lines = [Line(f"error: {_what_failed(outcome, world_size)}", is_error=True)]
     lines += [Line(f"       {text}", is_error=True) for text in _where(outcome, logs)]
+    if outcome.not_again is not None:
+        lines.append(Line(f"       not started again: {outcome.not_again}", is_error=True))
     if outcome.saved_step is not None:
         lines.append(Line(f"       {_go_on(outcome, again).text}", is_error=True))
     return lines
+
+
+def restart_line(cause: Cause | None, world_size: int, restart: int, max_restarts: int) -> str:
+    """What is told when all ranks start again, for the ``restart``-th time in a row."""
+    what = "ranks failed"
+    if cause is not None:
+        ranks = (cause.rank, *cause.alike)
+        who = "all ranks" if len(ranks) == world_size > 1 else name_ranks(ranks)
+        brief = cause.brief if len(ranks) == 1 else cause.brief.replace("was ", "were ", 1)
+        what = f"{who} {brief}"
+    return (
+        f"{what}: starting all ranks again from the newest saved step, restart {restart} of "
+        f"{max_restarts}"
+    )
 
 
 def _what_failed(outcome: Outcome, world_size: int) -> str:

@@ -58,6 +58,8 @@ class RankExit:
     """When its end was noticed, as seconds since the epoch."""
     why: str | None = None
     """What is known beyond the code, to follow 'rank N': 'was lost with its node ...'."""
+    incurable: bool = False
+    """Started again, it would end in the same way."""
 
     @property
     def signal_name(self) -> str | None:
@@ -106,6 +108,14 @@ class ClusterDriver(Protocol):
 
     def start(self, specs: Sequence[RankSpec]) -> None:
         """Start all ranks of an attempt. Raises LaunchError."""
+        ...
+
+    def renew(self, waiting: Waiting = wait_silently) -> Placement:
+        """Make the place ready for another ``start``, once the exits of all ranks were told.
+
+        Nothing that the ranks started is left then. They may have to go elsewhere: the placement
+        is the new one. What takes longer than a moment calls ``waiting``. Raises LaunchError.
+        """
         ...
 
     def poll(self, timeout_s: float) -> list[DriverEvent]:

@@ -8,6 +8,7 @@ import signal
 import socket
 import struct
 import sys
+from collections.abc import Collection
 from pathlib import Path
 
 _PR_SET_PDEATHSIG = 1
@@ -69,10 +70,10 @@ def children_of(pid: int) -> list[int]:
     return found
 
 
-def end_descendants() -> None:
-    """Kill children until there are none; needs ``adopt_orphans`` for those of the killed."""
+def end_descendants(keep: Collection[int] = ()) -> None:
+    """Kill children but ``keep`` until there are none; needs ``adopt_orphans`` for theirs."""
     for _ in range(_END_ROUNDS):
-        children = children_of(os.getpid())
+        children = [pid for pid in children_of(os.getpid()) if pid not in keep]
         if not children:
             return
         for pid in children:

@@ -12,7 +12,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -39,6 +39,8 @@ START_LOG_NAME = "start.log"
 _STORE = "store"
 _STORE_TARGET = "everstep.cluster.rendezvous:serve"
 _CLOSE_LIMIT_S = 5.0
+_CLEAR_LIMIT_S = 20.0
+_WAIT_S = 0.05
 _READ_BYTES = 1 << 16
 
 
@@ -94,6 +96,9 @@ class LocalDriver:
         self._processes: dict[str, _Process] = {}
         self._ending = False
         self._stop_asked = False
+        self._placement: Placement | None = None
+        self._cleared = False
+        self._late: list[DriverEvent] = []
 
     @property
     def start_log(self) -> Path:
@@ -119,7 +124,8 @@ class LocalDriver:
             Seat(host=hostname, local_rank=rank, local_world_size=world_size)
             for rank in range(world_size)
         ]
-        return Placement(seats=tuple(seats), store=store)
+        self._placement = Placement(seats=tuple(seats), store=store)
+        return self._placement
 
     def start(self, specs: Sequence[RankSpec]) -> None:
         """Fork all ranks as soon as the imports are done."""
@@ -128,15 +134,28 @@ class LocalDriver:
             log = rank_log(self._logs, spec.rank)
             self._fork(f"rank {spec.rank}", spec.rank, order, log, [])
 
+    def renew(self, waiting: Waiting = wait_silently) -> Placement:
+        """End what the ranks left; the store and the process that forks ranks stay."""
+        self._ending = self._stop_asked = self._cleared = False
+        self._ask_zygote({"op": "clear", "but": [_STORE]})
+        deadline_s = time.monotonic() + _CLEAR_LIMIT_S
+        while not self._cleared:
+            waiting("ending what the ranks have left")
+            if time.monotonic() > deadline_s:
+                raise LaunchError(
+                    f"what the ranks have started did not end within {_CLEAR_LIMIT_S:g} seconds "
+                    "(waiting for a device?): end it, and start this command again"
+                )
+            if self._control is None or self._placement is None:
+                raise LaunchError(f"the process that starts ranks ended: see {self.start_log}")
+            self._late += self._select(_WAIT_S)
+        assert self._placement is not None
+        return self._placement
+
     def poll(self, timeout_s: float) -> list[DriverEvent]:
         """Reports and exits since the last call."""
-        events: list[DriverEvent] = []
-        for key, _ in self._selector.select(timeout_s):
-            if key.data is None:
-                events += self._hear_zygote()
-            elif key.data in self._processes:
-                events += self._hear(key.data)
-        return events
+        late, self._late = self._late, []
+        return late + self._select(0 if late else timeout_s)
 
     def ask_stop(self) -> None:
         """Tell every rank, also those that are not there yet."""
@@ -180,6 +199,15 @@ class LocalDriver:
         with contextlib.suppress(OSError):
             if self.start_log.stat().st_size == 0:
                 self.start_log.unlink()
+
+    def _select(self, timeout_s: float) -> list[DriverEvent]:
+        events: list[DriverEvent] = []
+        for key, _ in self._selector.select(timeout_s):
+            if key.data is None:
+                events += self._hear_zygote()
+            elif key.data in self._processes:
+                events += self._hear(key.data)
+        return events
 
     def _start_zygote(self, world_size: int) -> None:
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
@@ -229,9 +257,12 @@ class LocalDriver:
         self._selector.register(ours, selectors.EVENT_READ, name)
 
     def _signal(self, signum: signal.Signals) -> None:
+        self._ask_zygote({"op": "signal", "signal": signum, "but": [_STORE]})
+
+    def _ask_zygote(self, request: Mapping[str, object]) -> None:
         if self._control is not None:
             with contextlib.suppress(OSError):
-                self._control.send(json.dumps({"op": "signal", "signal": signum}).encode())
+                self._control.send(json.dumps(request).encode())
 
     def _hear_zygote(self) -> list[DriverEvent]:
         assert self._control is not None
@@ -244,6 +275,8 @@ class LocalDriver:
         message = json.loads(data)
         if "ready" in message:
             self._ready = True
+        elif "cleared" in message:
+            self._cleared = True
         elif "forked" in message:
             process = self._processes[message["forked"]]
             process.pid = message["pid"]

@@ -13,7 +13,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -44,7 +44,7 @@ from everstep.cluster.ray_plan import (
     why_it_died,
 )
 from everstep.cluster.ray_worker import HostSetup, installed_versions, start_log_name
-from everstep.cluster.shared_dir import remove_token, wait_for_ranks, write_token
+from everstep.cluster.shared_dir import ENDING_S, remove_token, wait_for_ranks, write_token
 from everstep.trainer.config import LaunchConfig
 from everstep.trainer.rank_spec import RankSpec
 
@@ -58,6 +58,7 @@ _SHORT_WAIT_S = 2.0
 _LOOK_S = 3.0
 _LOOK_EVERY_S = 0.3
 _CLOSE_S = 5.0
+_FORGET_S = 120.0
 RAY_LOG_NAME = "ray.log"
 _STORE_TARGET = "everstep.cluster.rendezvous:serve"
 
@@ -121,6 +122,7 @@ class RayDriver:
         self._rank_nodes: list[Node] = []
         self._store: Helper | None = None
         self._token: str | None = None
+        self._placement: Placement | None = None
         self._ranks: dict[int, _Rank] = {}
         self._metrics: RunMetrics | None = None
         self._broken = False
@@ -140,7 +142,8 @@ class RayDriver:
         store = self._start_store() if self._wants_store else None
         self._metrics = RunMetrics(self._name)
         device = "cuda:0" if self._gpus_per_rank else "cpu"
-        return Placement(seats=seats, store=store, device=device)
+        self._placement = Placement(seats=seats, store=store, device=device)
+        return self._placement
 
     def start(self, specs: Sequence[RankSpec]) -> None:
         """Create an actor for every rank."""
@@ -165,8 +168,9 @@ class RayDriver:
                 threads=self._threads,
                 silence_s=self._silence_s,
             )
+            again = f"/attempt-{spec.attempt}" if spec.attempt else ""
             actor = rank_class.options(
-                name=f"everstep/{self._name}/rank-{spec.rank}",
+                name=f"everstep/{self._name}/rank-{spec.rank}{again}",
                 num_cpus=self._bundle.get("CPU", 0),
                 num_gpus=self._bundle.get("GPU", 0),
                 resources={k: v for k, v in self._bundle.items() if k not in ("CPU", "GPU")},
@@ -178,6 +182,22 @@ class RayDriver:
             ).remote(path, asdict(setup), asdict(spec) | {"run_dir": str(self._run_dir)})
             actor.run.remote()
             self._ranks[spec.rank] = _Rank(actor, node, actor.take.remote(0, _TAKE_S))
+
+    def renew(self, waiting: Waiting = wait_silently) -> Placement:
+        """Wait until the old ranks' processes are gone; places on dead nodes are found anew."""
+        assert self._placement is not None
+        self.kill()
+        self._ranks = {}
+        self._free_run_dir(waiting)
+        if not all(map(_node_answers, self._rank_nodes)):
+            self._give_group_back()
+            self._forget_dead_nodes(waiting)
+            self._reserve(len(self._rank_nodes), waiting)
+        self._ending = False
+        self._look_until_s = float("-inf")
+        seats = seats_of(self._rank_nodes, self._launch.failure_domain_label)
+        self._placement = replace(self._placement, seats=seats)
+        return self._placement
 
     def poll(self, timeout_s: float) -> list[DriverEvent]:
         """Reports and exits since the last call."""
@@ -223,11 +243,7 @@ class RayDriver:
             self._store.close(_CLOSE_S)
             self._store = None
         self._remove_empty_logs()
-        if self._group is not None:
-            from ray.util.placement_group import remove_placement_group
-
-            group, self._group = self._group, None
-            within(KILL_S, lambda: remove_placement_group(group))
+        self._give_group_back()
         if self._cluster is not None:
             self._cluster.leave()
             self._cluster = None
@@ -264,6 +280,38 @@ class RayDriver:
             raise LaunchError("a node of the Ray cluster died meanwhile: start again") from error
         self._order = rank_order(bundle_nodes, self._launch.failure_domain_label)
         self._rank_nodes = [bundle_nodes[bundle] for bundle in self._order]
+
+    def _free_run_dir(self, waiting: Waiting) -> None:
+        remove_token(self._run_dir)
+        deadline_s = time.monotonic() + ENDING_S
+        while not wait_for_ranks(self._run_dir, _POLL_S):
+            waiting("waiting for the end of the ranks' processes")
+            if time.monotonic() > deadline_s:
+                raise LaunchError(
+                    f"ranks still hold the run directory {self._run_dir} {ENDING_S:g} seconds "
+                    "after they were ended: start this command again when their node is back or "
+                    "gone for good"
+                )
+
+    def _give_group_back(self) -> None:
+        if self._group is not None:
+            from ray.util.placement_group import remove_placement_group
+
+            group, self._group = self._group, None
+            within(KILL_S, lambda: remove_placement_group(group))
+
+    def _forget_dead_nodes(self, waiting: Waiting) -> None:
+        """Wait until Ray knows which nodes are dead: it would put ranks there again."""
+        assert self._cluster is not None
+        deadline_s = time.monotonic() + _FORGET_S
+        while dead := [node for node in self._cluster.nodes() if not _node_answers(node)]:
+            waiting(f"waiting until Ray gives up node {dead[0].name}")
+            if time.monotonic() > deadline_s:
+                raise LaunchError(
+                    f"node {dead[0].name} does not answer, and Ray has not given it up within "
+                    f"{_FORGET_S:g} seconds: end that node, or start this command again later"
+                )
+            time.sleep(_POLL_S)
 
     def _start_store(self) -> str:
         assert self._cluster is not None
@@ -355,14 +403,15 @@ class RayDriver:
         rank = self._ranks.pop(number)
         if self._ending:
             return _lost(number, None)
+        begun = not getattr(error, "actor_init_failed", False)
         why = why_it_died(
             str(error),
             rank.node,
             node_answers=_node_answers(rank.node),
-            begun=not getattr(error, "actor_init_failed", False),
+            begun=begun,
             out_of_memory=isinstance(error, ray.exceptions.OutOfMemoryError),
         )
-        return _lost(number, why)
+        return _lost(number, why, incurable=not begun)
 
     def _ask(self, what: str) -> None:
         for rank in self._ranks.values():
@@ -373,5 +422,7 @@ def _node_answers(node: Node) -> bool:
     return answers(f"{node.address}:{node.port}")
 
 
-def _lost(rank: int, why: str | None) -> RankExit:
-    return RankExit(rank=rank, code=-signal.SIGKILL, time_s=time.time(), why=why)
+def _lost(rank: int, why: str | None, *, incurable: bool = False) -> RankExit:
+    return RankExit(
+        rank=rank, code=-signal.SIGKILL, time_s=time.time(), why=why, incurable=incurable
+    )

@@ -287,6 +287,12 @@ class LaunchConfig(Section):
     """Seconds to wait for resources of a Ray cluster that others use now."""
     wait_for_nodes: bool = False
     """Wait for resources that a Ray cluster does not have yet, too: its autoscaler adds nodes."""
+    max_restarts: int = Field(default=3, ge=0)
+    """How often in a row all ranks are started again after one was killed or lost (out of memory, a
+    node that died); ten minutes of training begin a new row. Errors that a rank raises itself are
+    not tried again, and torchrun and srun restart ranks by rules of their own. 0 = never."""
+    drill_kill_step: int = Field(default=0, ge=0)
+    """A fire drill: when this step has been done, all ranks are killed, once; 0 = never."""
 
     @model_validator(mode="after")
     def _resources_can_be_reserved(self) -> "LaunchConfig":
@@ -300,6 +306,15 @@ class LaunchConfig(Section):
                     f"launch.resources_per_rank names {name}, which is reserved without it: set "
                     "launch.cpus_per_rank for CPUs; a rank on GPUs has one"
                 )
+        return self
+
+    @model_validator(mode="after")
+    def _a_drill_can_be_survived(self) -> "LaunchConfig":
+        if self.drill_kill_step and not self.max_restarts:
+            raise ValueError(
+                f"launch.drill_kill_step={self.drill_kill_step} kills all ranks, and "
+                "launch.max_restarts=0 would not start them again: allow a restart"
+            )
         return self
 
 
