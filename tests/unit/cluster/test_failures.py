@@ -81,7 +81,11 @@ def test_failures_are_one_sentence_and_leave_nothing(
     assert ran.code == code
     assert re.match(sentence, ran.errors)
     assert "Traceback" not in ran.errors + ran.output
-    assert len(ran.errors.splitlines()) <= 2
+    assert len(ran.errors.splitlines()) <= 3
+    killed = worker == "rank_1_killed"
+    why = "and ranks failed again after each" if killed else "that a rank raised itself would"
+    assert re.search(rf"\n       not started again: .* {why} ", ran.errors)
+    assert ran.output.count("starting all ranks again") == (3 if killed else 0)
     trace = re.search(r"full trace: (\S+)", ran.errors)
     if trace is not None:
         assert "Traceback (most recent call last)" in Path(trace[1]).read_text()
