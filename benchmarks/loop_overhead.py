@@ -34,7 +34,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 
-from everstep.checkpoint.checkpointer import StepInfo
+from everstep.checkpoint.snapshots.handle import SaveHandle, StepInfo, durable_handle
 from everstep.trainer.config import RunConfig
 from everstep.trainer.config_load import load_config
 from everstep.trainer.data import TrainStream, open_corpus
@@ -64,9 +64,11 @@ MESHES = {1: ["mesh.tp=1", "mesh.dp_shard=1"], 2: ["mesh.tp=1", "mesh.dp_shard=2
 class NothingSaved:
     """Stands in for the checkpointer: saving is measured elsewhere."""
 
-    def save(self, step: int, state: object) -> StepInfo:
+    def save(self, step: int, state: object) -> SaveHandle:
         """Pretend."""
-        return StepInfo(step=step, generation=1, path="", size_bytes=0, duration_s=0.0)
+        return durable_handle(
+            StepInfo(step=step, generation=1, path="", size_bytes=0, duration_s=0.0)
+        )
 
 
 def our_loop(config: RunConfig, folder: Path, rank: int, pipe: int) -> Callable[[int], float]:

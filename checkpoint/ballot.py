@@ -13,6 +13,7 @@ from everstep.checkpoint.errors import (
     SaveFailedError,
 )
 from everstep.checkpoint.lineage import StepId
+from everstep.checkpoint.manifest import Manifest
 
 
 class Ballot:
@@ -76,16 +77,40 @@ class Ballot:
     def _publish(self, step_id: StepId) -> int | None:
         if self._collective.rank != 0:
             return None
-        manifest = self._directory.commit(step_id, self._collective.world_size)
-        try:
-            self._directory.retire(self._keep, step_id.generation)
-            if not self._directory.has_lock:  # else it was done when the lock was taken
-                self._directory.collect_garbage()
-        except (OSError, EverstepError) as e:
-            warnings.warn(
-                f"step {step_id.step} is saved, but older checkpoints could not be deleted: "
-                f"{describe(e)}",
-                RuntimeWarning,
-                stacklevel=6,
-            )
+        manifest, warning = publish_step(
+            self._directory, step_id, self._collective.world_size, self._keep
+        )
+        if warning is not None:
+            warnings.warn(warning, RuntimeWarning, stacklevel=6)
         return manifest.size_bytes
+
+
+def publish_step(
+    directory: CheckpointDirectory, step_id: StepId, world_size: int, keep: int
+) -> tuple[Manifest, str | None]:
+    """Commit a step for which all ranks have voted, then delete what is no longer kept.
+
+    Args:
+        directory: where the step is.
+        step_id: the step.
+        world_size: how many ranks have voted.
+        keep: how many checkpoints to keep.
+
+    Returns:
+        Its manifest; and what to warn of where older checkpoints could not be deleted.
+
+    Raises:
+        CheckpointError: as ``CheckpointDirectory.commit``.
+        OSError: as the store reports it.
+    """
+    manifest = directory.commit(step_id, world_size)
+    try:
+        directory.retire(keep, step_id.generation)
+        if not directory.has_lock:  # else it was done when the lock was taken
+            directory.collect_garbage()
+    except (OSError, EverstepError) as e:
+        return manifest, (
+            f"step {step_id.step} is saved, but older checkpoints could not be deleted: "
+            f"{describe(e)}"
+        )
+    return manifest, None

@@ -4,14 +4,12 @@ import contextlib
 import math
 import os
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from types import TracebackType
 from typing import Any
 
 import torch
 
-from everstep.checkpoint.ballot import Ballot
 from everstep.checkpoint.collective import (
     Collective,
     Outcome,
@@ -20,24 +18,22 @@ from everstep.checkpoint.collective import (
     on_rank0,
 )
 from everstep.checkpoint.commit import CheckpointDirectory
+from everstep.checkpoint.durable_save import DurableSave
 from everstep.checkpoint.errors import (
     CheckpointError,
     LoadFailedError,
-    SaveFailedError,
     StepExistsError,
 )
-from everstep.checkpoint.layout import RNG_PREFIX, Fragment
 from everstep.checkpoint.lineage import StepId
-from everstep.checkpoint.manifest import Manifest, Part
-from everstep.checkpoint.optimizer_parts import digest_values
+from everstep.checkpoint.manifest import Manifest
 from everstep.checkpoint.ownership import Ownership
-from everstep.checkpoint.plain_json import Json
-from everstep.checkpoint.producer import producer
-from everstep.checkpoint.save_plan import SavePlan
-from everstep.checkpoint.step_keys import step_key
+from everstep.checkpoint.snapshots.arena import ArenaMemory
+from everstep.checkpoint.snapshots.engine import Interval, SnapshotEngine, SnapshotReport
+from everstep.checkpoint.snapshots.handle import SaveHandle, StepInfo, durable_handle
+from everstep.checkpoint.snapshots.memory import SlotMemory
+from everstep.checkpoint.state_capture import Place
 from everstep.checkpoint.store import Store
 from everstep.checkpoint.stores import open_store
-from everstep.checkpoint.torch_io import write_tensors
 from everstep.checkpoint.torch_layout import LiveTensor, live_tensor
 from everstep.checkpoint.torch_load import (
     Selection,
@@ -46,29 +42,12 @@ from everstep.checkpoint.torch_load import (
     selection,
     tensors_to_fill,
 )
-from everstep.checkpoint.torch_rng import derive_rng, rng_states, set_rng_states
+from everstep.checkpoint.torch_rng import derive_rng, set_rng_states
 from everstep.checkpoint.torch_state import (
     State,
     load_objects,
     object_destinations,
-    optimizer_of,
-    split_objects,
-    tensors_of,
 )
-
-
-@dataclass(frozen=True, kw_only=True)
-class StepInfo:
-    """A checkpoint that was saved or loaded."""
-
-    step: int
-    generation: int
-    path: str
-    size_bytes: int
-    duration_s: float
-    rng_restored: bool = True
-    """False after a load on another mesh (generators were derived from (seed, step, rank)), and
-    after one that left them out."""
 
 
 class Checkpointer:
@@ -85,6 +64,13 @@ class Checkpointer:
         threads: copy threads of this rank.
         read_only: take no lock, refuse to save.
         storage_options: for the file system of a URL: credentials, endpoint, ….
+        durable_every: steps between durable checkpoints, with a snapshot in memory at every save.
+        durable_every_s: the same in seconds; with both, whichever comes first.
+        memory: where snapshots are; None: in this process, where one of the two before is given.
+        timeout_s: how long a save that must not be skipped waits for memory, and ``close`` for
+            what is still being written.
+        lazy_objects: names of objects of the state whose tensors change only after
+            ``wait_captured``; those of all others are copied before ``save`` returns.
         single_writer: promises that never more than one job at a time writes to a URL whose store
             cannot refuse the second.
 
@@ -104,6 +90,11 @@ class Checkpointer:
         read_only: bool = False,
         storage_options: Mapping[str, Any] | None = None,
         single_writer: bool = False,
+        durable_every: int | None = None,
+        durable_every_s: float | None = None,
+        memory: SlotMemory | None = None,
+        timeout_s: float = 600.0,
+        lazy_objects: Collection[str] = (),
     ) -> None:
         self._collective = collective or SingleProcess()
         self._mesh = dict(mesh or {"rank": self._collective.world_size})
@@ -121,24 +112,55 @@ class Checkpointer:
             open_store(directory, storage_options=storage_options, single_writer=single_writer)
         )
         self._seed, self._threads, self._read_only = seed, threads, read_only
-        self._coordinate = ".".join(f"{axis}{index}" for axis, index in place.items())
-        self._attempt = os.urandom(4).hex()
+        self._place = Place(self._collective.rank, self._mesh, place)
         self.loaded: StepInfo | None = None
         """What the last load took; None before one."""
         self._owner = Ownership(self._directory, self._collective, self._mesh)
-        self._ballot = Ballot(self._directory, self._collective, keep)
         self._newest_step = -1
-        self._plan = SavePlan(self._collective)
+        self._durable = DurableSave(
+            self._directory, self._collective, self._owner, self._place, keep=keep, threads=threads
+        )
+        interval = Interval(steps=durable_every, seconds=durable_every_s)
+        self._engine: SnapshotEngine | None = None
+        if not read_only and (memory is not None or interval.flushes):
+            self._engine = SnapshotEngine(
+                self._directory,
+                self._collective,
+                self._owner,
+                self._place,
+                memory or ArenaMemory(),
+                keep=keep,
+                interval=interval,
+                order={
+                    "storage_options": storage_options and dict(storage_options),
+                    "single_writer": single_writer,
+                    "deadline_s": timeout_s,
+                },
+                threads=threads,
+                timeout_s=timeout_s,
+                lazy_objects=lazy_objects,
+            )
 
     def save(
-        self, step: int, state: State, *, on_bytes: Callable[[int], None] | None = None
-    ) -> StepInfo:
-        """Save the state after a step; when it returns, the checkpoint is durable.
+        self,
+        step: int,
+        state: State,
+        *,
+        durable: bool | None = None,
+        on_bytes: Callable[[int], None] | None = None,
+    ) -> SaveHandle:
+        """Save the state after a step.
+
+        With snapshots it returns at once: call it after every step. Live tensors may change after
+        the next step of an optimizer of the state, or ``wait_captured``, has begun. Without, the
+        checkpoint is durable when it returns.
 
         Args:
             step: number of the step that has just been finished, from 0; larger from save to save.
             state: what to save.
-            on_bytes: called on each rank with the bytes written so far.
+            durable: of snapshots: True: never skipped, and made durable at once; False: not made
+                durable, even if it is due; None: as the interval says.
+            on_bytes: called on each rank with the bytes written so far, by a save that waits.
 
         Raises:
             SaveFailedError: some rank could not save; causes by rank, nothing of the step is kept.
@@ -148,46 +170,26 @@ class Checkpointer:
             CheckpointError: the step lies before one that was saved, or the directory cannot be
                 written to.
         """
-        begun_s = time.monotonic()
         self._check_step(step)
         self._owner.claim()
-        live: dict[Fragment, LiveTensor] = {}
-        context: dict[str, Any] = {}
-
-        def capture() -> list[str]:
-            objects, of_objects = split_objects(state)
-            live.update(self._capture(state, of_objects))
-            context.update(self._context(state, objects))
-            return [self._plan.digest(list(live)), digest_values(context.get("optimizer"))]
-
-        captured = agree(self._collective, "captured", capture)
-        if captured.causes:
-            raise SaveFailedError(step, captured.causes) from captured.error
-        layouts, optimizers = zip(*captured.results, strict=True)
-        self._plan.update(layouts)
-        if optimizers.index(optimizers[self._collective.rank]) != self._collective.rank:
-            context.pop("optimizer", None)  # an earlier rank tells the same
-        step_id = StepId(self._owner.begin(step), step)
-        if self._collective.rank == 0:
-            fork = self._owner.parent
-            context["lineage"] = {
-                "parent": fork.generation if fork else None,
-                "fork_step": fork.step if fork else None,
-            }
-        done = self._ballot.write(step_id, lambda: self._write(step_id, live, context, on_bytes))
-        if not done.causes:
-            done = self._ballot.commit(step_id)
-        if done.causes:
-            self._ballot.discard(step_id)
-            raise SaveFailedError(step, done.causes) from done.error
+        if self._engine is not None:
+            handle = self._engine.save(step, state, durable)
+        else:
+            handle = durable_handle(self._durable.save(step, state, on_bytes))
         self._newest_step = step
-        return StepInfo(
-            step=step,
-            generation=step_id.generation,
-            path=self._directory.describe(step_id),
-            size_bytes=done.results[0],
-            duration_s=time.monotonic() - begun_s,
-        )
+        return handle
+
+    def wait_captured(self) -> None:
+        """Return when tensors of the last saved state may change; the caller helps with copying.
+
+        Optimizers of the state call it by themselves, before each step.
+        """
+        if self._engine is not None:
+            self._engine.wait_captured()
+
+    def report(self) -> SnapshotReport:
+        """How snapshots have gone so far, on this rank."""
+        return SnapshotReport() if self._engine is None else self._engine.report
 
     def load(
         self,
@@ -218,6 +220,8 @@ class Checkpointer:
         """
         begun_s = time.monotonic()
         wanted = selection(include)
+        if self._engine is not None:
+            self._engine.watch(state)
         if not self._read_only:
             self._owner.claim()
 
@@ -251,6 +255,8 @@ class Checkpointer:
             raise LoadFailedError(step_id.step, done.causes, others) from done.error
         size_bytes, rng_restored = done.results[self._collective.rank]
         self._owner.continue_from(step_id)
+        if self._engine is not None:
+            self._engine.began_from(step_id, memory=False, lineage=())
         self._newest_step = step_id.step
         self.loaded = StepInfo(
             step=step_id.step,
@@ -276,8 +282,19 @@ class Checkpointer:
         return None if found is None else self._directory.manifest(found)
 
     def close(self) -> None:
-        """Release the directory; may be called twice."""
-        self._owner.release()
+        """Wait for what is being written, and release the directory; may be called twice.
+
+        Raises:
+            SaveFailedError: the last checkpoint of the interval could not be made durable.
+        """
+        self._close(finished=True)
+
+    def _close(self, *, finished: bool) -> None:
+        try:
+            if self._engine is not None:
+                self._engine.close(finished=finished)
+        finally:
+            self._owner.release()
 
     def _check_step(self, step: int) -> None:
         if self._read_only:
@@ -291,52 +308,6 @@ class Checkpointer:
                 f"step {step} cannot be saved after step {self._newest_step}: steps ascend from 0; "
                 "load() an earlier step to continue from there"
             )
-
-    def _capture(
-        self, state: State, of_objects: Mapping[str, LiveTensor]
-    ) -> dict[Fragment, LiveTensor]:
-        """What this rank holds; an empty shard of a tensor is nothing, an empty tensor is."""
-        found = [*tensors_of(state).values(), *of_objects.values(), *self._live_rng().values()]
-        return {
-            t.fragment: t for t in found if t.fragment.box.size or not t.fragment.spec.size_bytes
-        }
-
-    def _live_rng(self) -> dict[str, LiveTensor]:
-        return {
-            name: live_tensor(f"{RNG_PREFIX}{self._coordinate}.{name}", value)
-            for name, value in rng_states().items()
-        }
-
-    def _context(self, state: State, objects: Mapping[str, Json]) -> dict[str, Any]:
-        optimizer = optimizer_of(state)
-        if self._collective.rank != 0:
-            return optimizer
-        versions = producer(torch=torch.__version__)
-        return {"mesh": self._mesh, "producer": versions, "objects": dict(objects), **optimizer}
-
-    def _write(
-        self,
-        step_id: StepId,
-        live: Mapping[Fragment, LiveTensor],
-        context: dict[str, Any],
-        on_bytes: Callable[[int], None] | None,
-    ) -> None:
-        plan = self._plan.pack()
-        name = f"rank-{plan.rank:05d}-{self._attempt}.safetensors"
-        key = f"{step_key(step_id)}/{name}"
-        with self._directory.store.writer(key, plan.size_bytes) as out:
-            record = write_tensors(out, name, plan, live, threads=self._threads, on_bytes=on_bytes)
-        self._directory.put_part(
-            Part(
-                generation=step_id.generation,
-                step=step_id.step,
-                rank=plan.rank,
-                world_size=self._collective.world_size,
-                pack=record,
-                fragments=plan.fragments,
-                context=context,
-            )
-        )
 
     def _read(
         self,
@@ -356,7 +327,7 @@ class Checkpointer:
 
         def tensors() -> list[LiveTensor]:
             specs = {n: t.spec for n, t in manifest.tensors.items()}
-            generators = self._live_rng() if "rng" in wanted.kinds else {}
+            generators = self._place.rng() if "rng" in wanted.kinds else {}
             if dict(manifest.mesh) == self._mesh and all(
                 t.fragment.spec == specs.get(t.fragment.spec.name) for t in generators.values()
             ):
@@ -371,7 +342,7 @@ class Checkpointer:
             if rng:
                 set_rng_states({name: t.local for name, t in rng.items()})
             elif "rng" in wanted.kinds:
-                derive_rng(self._seed, step_id.step, self._coordinate)
+                derive_rng(self._seed, step_id.step, self._place.name)
             return manifest.size_bytes, bool(rng)
 
         with self._directory.reader(step_id, manifest, threads=self._threads) as reader:
@@ -386,4 +357,4 @@ class Checkpointer:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        self.close()
+        self._close(finished=error is None)

@@ -18,7 +18,7 @@ finds a newer generation than its own has lost the directory and stops.
 import contextlib
 import os
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -246,12 +246,16 @@ class CheckpointDirectory:
             CheckpointError: the others have given this rank up.
             FileExistsError: another attempt has voted.
         """
-        key = part_key(StepId(part.generation, part.step), part.rank)
+        self.put_vote(StepId(part.generation, part.step), part.rank, encode_part(part))
+
+    def put_vote(self, step_id: StepId, rank: int, part: bytes) -> None:
+        """``put_part`` of a part that is encoded already."""
+        key = part_key(step_id, rank)
         try:
-            put_once(self.store, key, encode_part(part), settle=False)
+            put_once(self.store, key, part, settle=False)
         except FileExistsError:
             if cause := self._failure(key):
-                raise CheckpointError(f"rank {part.rank} was given up: {cause}") from None
+                raise CheckpointError(f"rank {rank} was given up: {cause}") from None
             raise
 
     def put_failure(self, step_id: StepId, rank: int, cause: str) -> None:
@@ -329,9 +333,18 @@ class CheckpointDirectory:
         return gone
 
     def collect_garbage(
-        self, *, grace_s: float = GRACE_S, now_s: float | None = None
+        self,
+        *,
+        grace_s: float = GRACE_S,
+        now_s: float | None = None,
+        spare: Collection[StepId] = (),
     ) -> list[StepId]:
         """Delete steps that were begun and never committed; those that were deleted.
+
+        Args:
+            grace_s: how long a writer may need to notice that it lost a store without a lock.
+            now_s: the time, seconds since the epoch.
+            spare: what a keeper is still writing for the holder of the lock.
 
         Where there is a lock, only for its holder, before it begins a step: nobody else can own one
         then. Where there is none, for anyone: see ``abandoned``. What cannot be deleted stays for
@@ -339,7 +352,7 @@ class CheckpointDirectory:
         """
         steps = steps_in(self.store)
         committed = [s for s in steps if is_committed(self.store, s)]
-        garbage = sorted(set(steps) - set(committed))
+        garbage = sorted(set(steps) - {*committed, *spare})
         if self.has_lock:
             if isinstance(self.store, LocalStore):
                 self.store.clear_temporaries(GENERATIONS)

@@ -99,6 +99,25 @@ class StreamWriter:
             self.advance(n)
             done += n
 
+    def write_from(self, data: ByteArray) -> None:
+        """Write bytes from where they are, without staging them, as long as nothing is staged.
+
+        Memory that begins at a page goes past the page cache; other memory is written buffered.
+
+        Args:
+            data: whole pages; the last of a file may be cut, and is staged.
+
+        Raises:
+            ValueError: a part of a page is staged already.
+        """
+        if self._filled or self._under_way:
+            raise ValueError(f"{self._filled} staged bytes come first: write_from() begins a file")
+        whole = len(data) // ALIGN_BYTES * ALIGN_BYTES
+        self._write(data[:whole])
+        self._written += whole
+        if whole < len(data):
+            self.append(data[whole:])
+
     def finish(self) -> int:
         """Write what is left, cut the file to its true size, make it durable; returns the size."""
         size = self._written + self._filled

@@ -36,6 +36,8 @@ class Ownership:
         """What the next generation continues from."""
         self.generation: int | None = None
         """The own one; None before the first save, and again after a load."""
+        self.owner = ""
+        """What the record of the own generation says of its owner."""
 
     def claim(self) -> None:
         """Lock the directory, or see that it can be written to; every rank calls it, once counts.
@@ -69,8 +71,16 @@ class Ownership:
             begun = agree(self._collective, "generation", self._begin)
             if begun.causes:
                 raise SaveFailedError(step, begun.causes) from begun.rank0_error
-            self.generation = int(begun.results[0])
+            number, self.owner = begun.results[0]
+            self.generation = int(number)
         return self.generation
+
+    def lineage(self) -> dict[str, int | None]:
+        """What the own generation inherits, for the part of rank 0."""
+        return {
+            "parent": self.parent.generation if self.parent else None,
+            "fork_step": self.parent.step if self.parent else None,
+        }
 
     def release(self) -> None:
         """Let the next job in; may be called twice."""
@@ -92,12 +102,12 @@ class Ownership:
                 f"checkpoints cannot be kept in {self._directory.describe()}: {describe(e)}"
             ) from e
 
-    def _begin(self) -> int | None:
+    def _begin(self) -> tuple[int, str] | None:
         if self._collective.rank != 0:
             return None
         if self.generation is not None:
             self._directory.check_newest(self.generation)
-            return self.generation
+            return self.generation, self.owner
         if self._seen is not None:
             self._directory.check_newest(self._seen)
         lineage = self._directory.lineage()
@@ -114,4 +124,4 @@ class Ownership:
             self.parent, self._mesh, owner=owner, after=self._seen
         )
         self._seen = None if self._seen is None else created.number
-        return created.number
+        return created.number, owner

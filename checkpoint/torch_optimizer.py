@@ -48,14 +48,24 @@ def optimizer_values(optimizers: Optimizers, names: Names) -> dict[str, Any]:
         name: {k: v for k, v in optimizer.state.get(p, {}).items() if not _is_tensor(v)}
         for p, (name, optimizer) in own.items()
     }
+    held = [[own[p][0] for p in group["params"]] for group in _groups(optimizers)]
     return {
-        "groups": [
-            {"params": [own[p][0] for p in group["params"]]}
-            | {k: _plain(v) for k, v in group.items() if k not in _OF_THIS_RUN}
-            for group in _groups(optimizers)
-        ],
+        "groups": group_values(optimizers, held),
         "values": {name: plain for name, plain in values.items() if plain},
     }
+
+
+def group_values(optimizers: Optimizers, held: Sequence[Sequence[str]]) -> list[dict[str, Any]]:
+    """Hyperparameters of every parameter group, and the names of the parameters in it.
+
+    Args:
+        optimizers: whose groups.
+        held: these names, for each group.
+    """
+    return [
+        {"params": list(names)} | {k: _plain(v) for k, v in group.items() if k not in _OF_THIS_RUN}
+        for group, names in zip(_groups(optimizers), held, strict=True)
+    ]
 
 
 def materialise(optimizers: Optimizers, names: Names, stored: Mapping[str, TensorSpec]) -> None:
@@ -151,6 +161,11 @@ def _own(
             raise StateError(
                 "LBFGS keeps one history for all its parameters together, which cannot be saved: "
                 "leave it out of the State, and let it begin anew"
+            )
+        if type(optimizer).__name__ == "ZeroRedundancyOptimizer":
+            raise StateError(
+                "ZeroRedundancyOptimizer keeps its state in an optimizer inside of it, of other "
+                "parameters on each rank, which cannot be saved: shard with fully_shard instead"
             )
         mine = [p for group in optimizer.param_groups for p in group["params"]]
         for parameter in mine:

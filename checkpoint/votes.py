@@ -6,6 +6,9 @@ from everstep.checkpoint.errors import ManifestError
 from everstep.checkpoint.records import decode_record, encode_record
 
 _KIND, _VERSION = "everstep_failure", 1
+_HEAD = b'{"%s":' % _KIND.encode()
+HEAD_BYTES = len(_HEAD)
+"""So many first bytes of a part tell whether its writer failed."""
 
 
 def encode_failure(rank: int, cause: str) -> bytes:
@@ -13,9 +16,14 @@ def encode_failure(rank: int, cause: str) -> bytes:
     return encode_record(_KIND, _VERSION, {"rank": rank, "cause": cause})
 
 
+def is_failure(head: bytes) -> bool:
+    """Whether a part that begins with these bytes says that its writer failed."""
+    return head.startswith(_HEAD)
+
+
 def failure_in(data: bytes, path: Path | str) -> str | None:
     """Why a writer failed, if this part says that it did; raises ManifestError and its kinds."""
-    if not data.startswith(b'{"%s":' % _KIND.encode()):
+    if not is_failure(data):
         return None
     cause = decode_record(data, _KIND, _VERSION, path).get("cause")
     if not isinstance(cause, str):

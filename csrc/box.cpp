@@ -81,22 +81,17 @@ int64_t checked_box_bytes(std::span<const int64_t> shape, int64_t item_bytes) {
     return bytes;
 }
 
-ByteRange checked_range(const char* buffer_name, int64_t buffer_bytes, int64_t offset_bytes,
-                        std::span<const int64_t> strides_bytes, std::span<const int64_t> shape,
-                        int64_t item_bytes) {
+ByteRange checked_reach(const char* buffer_name, std::span<const int64_t> strides_bytes,
+                        std::span<const int64_t> shape, int64_t item_bytes) {
     const std::string name = buffer_name;
     if (strides_bytes.size() != shape.size()) {
         refuse(name + " has " + std::to_string(strides_bytes.size()) + " strides for " +
                std::to_string(shape.size()) + " dimensions");
     }
-    if (offset_bytes < 0 || offset_bytes > buffer_bytes) {
-        refuse("the offset " + std::to_string(offset_bytes) + " is outside " + name + " of " +
-               std::to_string(buffer_bytes) + " bytes");
-    }
-    if (checked_box_bytes(shape, item_bytes) == 0) return {offset_bytes, offset_bytes};
-    int64_t lowest = offset_bytes;
-    int64_t highest = 0;
-    bool overflow = __builtin_add_overflow(offset_bytes, item_bytes, &highest);
+    if (checked_box_bytes(shape, item_bytes) == 0) return {0, 0};
+    int64_t lowest = 0;
+    int64_t highest = item_bytes;
+    bool overflow = false;
     for (size_t dim = 0; dim < shape.size(); ++dim) {
         int64_t reach = 0;
         overflow |= __builtin_mul_overflow(strides_bytes[dim], shape[dim] - 1, &reach);
@@ -104,6 +99,25 @@ ByteRange checked_range(const char* buffer_name, int64_t buffer_bytes, int64_t o
         overflow |= __builtin_add_overflow(bound, reach, &bound);
     }
     if (overflow) refuse("the box reaches more than 2^63 bytes in " + name);
+    return {lowest, highest};
+}
+
+ByteRange checked_range(const char* buffer_name, int64_t buffer_bytes, int64_t offset_bytes,
+                        std::span<const int64_t> strides_bytes, std::span<const int64_t> shape,
+                        int64_t item_bytes) {
+    const std::string name = buffer_name;
+    if (offset_bytes < 0 || offset_bytes > buffer_bytes) {
+        refuse("the offset " + std::to_string(offset_bytes) + " is outside " + name + " of " +
+               std::to_string(buffer_bytes) + " bytes");
+    }
+    const ByteRange reach = checked_reach(buffer_name, strides_bytes, shape, item_bytes);
+    if (reach.begin == reach.end) return {offset_bytes, offset_bytes};
+    int64_t lowest = 0;
+    int64_t highest = 0;
+    if (__builtin_add_overflow(offset_bytes, reach.begin, &lowest) ||
+        __builtin_add_overflow(offset_bytes, reach.end, &highest)) {
+        refuse("the box reaches more than 2^63 bytes in " + name);
+    }
     if (lowest < 0 || highest > buffer_bytes) {
         refuse("the box needs bytes " + std::to_string(lowest) + " to " + std::to_string(highest) +
                " of " + name + ", which has " + std::to_string(buffer_bytes) + " bytes");

@@ -18,6 +18,12 @@ struct ByteRange {
     int64_t end;
 };
 
+// The bytes that a box can touch, counted from its element with index 0 in every dimension; empty
+// for an empty box. Throws std::invalid_argument, naming the buffer, when the arguments make no
+// sense.
+ByteRange checked_reach(const char* buffer_name, std::span<const int64_t> strides_bytes,
+                        std::span<const int64_t> shape, int64_t item_bytes);
+
 // The bytes that a box can touch; empty for an empty box. Throws std::invalid_argument, naming the
 // buffer, when the arguments make no sense or a byte would lie outside [0, buffer_bytes).
 ByteRange checked_range(const char* buffer_name, int64_t buffer_bytes, int64_t offset_bytes,

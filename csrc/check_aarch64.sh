@@ -19,7 +19,7 @@ trap 'rm -rf "$out"' EXIT
 
 objects=()
 for source in *.cpp; do
-  [ "$source" = module.cpp ] && continue
+  [[ "$source" = module*.cpp ]] && continue
   "$compiler" "${flags[@]}" -c "$source" -o "$out/${source%.cpp}.o"
   objects+=("$out/${source%.cpp}.o")
 done
@@ -28,11 +28,13 @@ echo "check_aarch64: ${#objects[@]} files compiled"
 if includes=$("$python" -c 'import nanobind, sysconfig
 print(nanobind.include_dir(), sysconfig.get_path("include"))' 2>/dev/null); then
   read -r nanobind_include python_include <<<"$includes"
-  "$compiler" "${flags[@]}" -isystem "$nanobind_include" -isystem "$python_include" \
-    -c module.cpp -o "$out/module.o"
-  echo "check_aarch64: module.cpp compiled"
+  for source in module*.cpp; do
+    "$compiler" "${flags[@]}" -isystem "$nanobind_include" -isystem "$python_include" \
+      -c "$source" -o "$out/${source%.cpp}.module"
+  done
+  echo "check_aarch64: the Python module compiled"
 else
-  echo "check_aarch64: module.cpp skipped: $python has no nanobind"
+  echo "check_aarch64: the Python module skipped: $python has no nanobind"
 fi
 
 if ! command -v "$emulator" >/dev/null; then

@@ -1,5 +1,5 @@
 // Python face of the kernels: everstep._native. Arguments are converted and the interpreter lock is
-// released here; everything else is in copy.cpp.
+// released here; everything else is in copy.cpp. The copier is in module_copier.cpp.
 #include <nanobind/nanobind.h>
 #include <nanobind/ndarray.h>
 #include <nanobind/stl/vector.h>
@@ -10,6 +10,7 @@
 #include "copy.h"
 #include "crc32c.h"
 #include "dispatch.h"
+#include "module_copier.h"
 #include "pages.h"
 
 namespace nb = nanobind;
@@ -120,4 +121,5 @@ NB_MODULE(_native, module) {
                "threads"_a = 1);
     module.def("pages_missing", &pages_missing, "data"_a.noconvert());
     module.def("populate_pages", &populate_pages, "data"_a.noconvert(), "told"_a);
+    everstep::add_copier(module);
 }

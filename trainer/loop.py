@@ -121,7 +121,8 @@ def evaluate(run: Run) -> float:
 def save(run: Run) -> None:
     """Save the state after the steps done so far."""
     told = transfer_teller(run.say, f"saving step {run.done_steps}")
-    info = run.checkpointer.save(run.done_steps, run.engine.state(run.stream), on_bytes=told)
+    handle = run.checkpointer.save(run.done_steps, run.engine.state(run.stream), on_bytes=told)
+    info = handle.durable.result()
     run.saved_step = info.step
     run.say("saved", step=info.step, path=info.path, bytes=info.size_bytes, seconds=info.duration_s)
 

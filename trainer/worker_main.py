@@ -10,9 +10,10 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from everstep.checkpoint.checkpointer import Checkpointer, StepInfo
+from everstep.checkpoint.checkpointer import Checkpointer
 from everstep.checkpoint.collective import Collective, on_rank0
 from everstep.checkpoint.errors import CheckpointError
+from everstep.checkpoint.snapshots.handle import StepInfo
 from everstep.checkpoint.stores import is_url
 from everstep.checkpoint.torch_collective import ProcessGroupCollective
 from everstep.checkpoint.torch_rng import derive_rng

@@ -56,6 +56,8 @@ class Flushed:
     size_bytes: int
     """Of the whole checkpoint."""
     duration_s: float
+    warning: str | None = None
+    """What went wrong after the commit, on rank 0: older checkpoints could not be deleted."""
 
 
 class SlotMemory(Protocol):

@@ -61,7 +61,7 @@ def test_a_run_goes_on_exactly_where_it_was(store: Store) -> None:
     with Checkpointer(store, keep=2) as checkpointer:
         assert checkpointer.load(state) == 0
         for step in (3, 4, 5):
-            info = checkpointer.save(step, state)
+            info = checkpointer.save(step, state).durable.result()
         assert info.path == store.describe("step-00000005-g00001")
         assert checkpointer.steps() == [4, 5]
     train_step(state)
@@ -71,7 +71,7 @@ def test_a_run_goes_on_exactly_where_it_was(store: Store) -> None:
         train_step(resumed)
         assert bits(resumed) == bits(state)
         assert resumed.objects["data"].state_dict() == {"value": 3}
-        assert checkpointer.save(6, resumed).generation == 2
+        assert checkpointer.save(6, resumed).durable.result().generation == 2
     assert seen == sorted(seen)
     assert seen[-1] > 0
     assert _steps(store) == ["step-00000005-g00001", "step-00000006-g00002"]

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 import torch
 
-from everstep.checkpoint import checkpointer as module
-from everstep.checkpoint.checkpointer import Checkpointer, StepInfo
+from everstep.checkpoint import state_capture as module
+from everstep.checkpoint.checkpointer import Checkpointer
 from everstep.checkpoint.commit import CheckpointDirectory
 from everstep.checkpoint.errors import (
     CheckpointError,
@@ -21,6 +21,7 @@ from everstep.checkpoint.errors import (
     StepExistsError,
     StepNotFoundError,
 )
+from everstep.checkpoint.snapshots.handle import StepInfo
 from tests.support.checkpoints import (
     Counter,
     bits,
@@ -38,7 +39,7 @@ def test_a_run_goes_on_exactly_where_it_was(tmp_path: Path) -> None:
     with Checkpointer(tmp_path / "new" / "checkpoints") as checkpointer:
         assert checkpointer.load(state) == 0
         assert checkpointer.loaded is None
-        info = checkpointer.save(5, state)
+        info = checkpointer.save(5, state).durable.result()
         assert info.path.endswith("checkpoints/step-00000005-g00001")
         assert info.size_bytes == sum(p.stat().st_size for p in packs(Path(info.path).parent))
     train_step(state)
@@ -117,7 +118,7 @@ def test_steps_ascend_and_are_saved_once(tmp_path: Path) -> None:
             checkpointer.save(6, state)
         assert (tmp_path / "step-00000007-g00001" / "manifest.json").read_bytes() == before
         checkpointer.load(state)
-        assert checkpointer.save(7, state).generation == 2
+        assert checkpointer.save(7, state).durable.result().generation == 2
         checkpointer.load(state)
         with pytest.raises(CheckpointError, match="step 3 cannot be saved"):
             checkpointer.save(3, state)

@@ -13,6 +13,7 @@ from torch import nn
 from everstep.checkpoint.ballot import Ballot
 from everstep.checkpoint.checkpointer import Checkpointer
 from everstep.checkpoint.commit import CheckpointDirectory
+from everstep.checkpoint.durable_save import DurableSave
 from everstep.checkpoint.errors import (
     CollectiveError,
     DirectoryInUseError,
@@ -49,7 +50,7 @@ def test_replicas_are_shared_out_and_come_back(tmp_path: Path) -> None:
         state, checkpointer = _replicated(c, tmp_path)
         with checkpointer:
             checkpointer.load(state)
-            info = checkpointer.save(3, state)
+            info = checkpointer.save(3, state).durable.result()
             wanted = bits(state)
             with torch.no_grad():
                 for parameter in state.model.parameters():
@@ -93,10 +94,10 @@ def test_a_save_takes_three_exchanges_once_the_layout_is_known(tmp_path: Path) -
 def test_a_rank_that_fails_fails_all_with_the_same_causes(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, bad: int, point: str
 ) -> None:
-    real = getattr(Checkpointer, point)
+    real = getattr(DurableSave, point)
     broken: set[int] = set()
 
-    def act(self: Checkpointer, *args: Any) -> Any:
+    def act(self: DurableSave, *args: Any) -> Any:
         if self._collective.rank in broken:
             raise OSError(errno.EIO, os.strerror(errno.EIO), "/some/disk")
         return real(self, *args)
@@ -117,7 +118,7 @@ def test_a_rank_that_fails_fails_all_with_the_same_causes(
             checkpointer.save(2, state)
         return caught.value.causes, left
 
-    monkeypatch.setattr(Checkpointer, point, act)
+    monkeypatch.setattr(DurableSave, point, act)
     for causes, left in run_threads(run, 3):
         assert causes == {bad: "Input/output error (/some/disk)"}
         assert left == ["step-00000001-g00001"]
@@ -190,10 +191,10 @@ def test_a_lost_rank_is_noticed(tmp_path: Path) -> None:
 def test_a_rank_that_hangs_is_named_by_all_others(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    real, awake = Checkpointer._write, threading.Event()
+    real, awake = DurableSave._write, threading.Event()
     hanging: set[int] = set()
 
-    def act(self: Checkpointer, *args: Any) -> Any:
+    def act(self: DurableSave, *args: Any) -> Any:
         if self._collective.rank in hanging:
             awake.wait(20)
         return real(self, *args)
@@ -211,7 +212,7 @@ def test_a_rank_that_hangs_is_named_by_all_others(
                 if c.rank == 2:
                     awake.set()
 
-    monkeypatch.setattr(Checkpointer, "_write", act)
+    monkeypatch.setattr(DurableSave, "_write", act)
     errors = run_threads(run, 3, timeout_s=1.0)
     assert [type(e) for e in errors] == [SaveFailedError] * 3
     too_late = "it did not say in time that its pack is durable (hung or lost?)"
@@ -255,7 +256,7 @@ def test_a_failure_is_kept_with_the_step_until_it_is_cleared(
 ) -> None:
     told: list[tuple[Any, ...]] = []
     monkeypatch.setattr(CheckpointDirectory, "put_failure", lambda _, *facts: told.append(facts))
-    monkeypatch.setattr(Checkpointer, "_write", no_space)
+    monkeypatch.setattr(DurableSave, "_write", no_space)
     with Checkpointer(tmp_path) as checkpointer, pytest.raises(SaveFailedError):
         checkpointer.save(1, tiny_state())
     assert told == [(StepId(1, 1), 0, "No space left on device")]

@@ -175,6 +175,16 @@ def test_half_written_steps_are_garbage(directory: CheckpointDirectory) -> None:
     ]
 
 
+def test_what_a_keeper_is_flushing_is_spared(directory: CheckpointDirectory) -> None:
+    half, other = StepId(1, 20), StepId(1, 30)
+    for step_id in (half, other):
+        _put_part(directory, step_id, 0)
+    assert directory.collect_garbage(spare={half}) == [other]
+    assert directory.step_path(half).is_dir()
+    _put_part(directory, half, 1)
+    directory.commit(half, 2)
+
+
 def test_garbage_that_cannot_be_deleted_stays_for_the_next_time(
     directory: CheckpointDirectory, monkeypatch: pytest.MonkeyPatch
 ) -> None:

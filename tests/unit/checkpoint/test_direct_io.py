@@ -1,6 +1,7 @@
 """Files written once, front to back, whole or not at all."""
 
 import errno
+import mmap
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -103,6 +104,27 @@ def test_what_is_there_goes_to_an_idle_disk_before_the_buffer_is_full(
             done += n
         assert out.finish() == len(data)
     assert (tmp_path / "f").read_bytes() == data.tobytes()
+
+
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("misplaced", [0, 1])
+def test_memory_is_written_from_where_it_is(
+    tmp_path: Path, file_system: str, size: int, misplaced: int
+) -> None:
+    memory = np.frombuffer(mmap.mmap(-1, 40_960), np.uint8)[misplaced:]
+    memory[:size] = np.random.default_rng(size).integers(0, 256, size, np.uint8)
+    with StreamWriter(tmp_path / "f", staging_bytes=ALIGN_BYTES) as out:
+        for begin in range(0, size, 2 * ALIGN_BYTES):
+            out.write_from(memory[begin : min(size, begin + 2 * ALIGN_BYTES)])
+        assert out.finish() == size
+    assert (tmp_path / "f").read_bytes() == memory[:size].tobytes()
+
+
+def test_what_is_staged_is_not_overtaken(tmp_path: Path) -> None:
+    with StreamWriter(tmp_path / "f") as out:
+        out.write_from(np.zeros(ALIGN_BYTES + 1, np.uint8))
+        with pytest.raises(ValueError, match="1 staged bytes come first"):
+            out.write_from(np.zeros(ALIGN_BYTES, np.uint8))
 
 
 def test_an_existing_file_is_never_touched(tmp_path: Path, file_system: str) -> None:

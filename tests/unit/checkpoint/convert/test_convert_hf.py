@@ -47,7 +47,7 @@ def model_of(config: RunConfig) -> Llama:
 def saved(root: Path, config: RunConfig, model: Llama) -> Path:
     state = State(model=model, architecture=ArchitectureNote(config, VOCAB))
     with Checkpointer(root) as checkpointer:
-        return Path(checkpointer.save(3, state).path)
+        return Path(checkpointer.save(3, state).durable.result().path)
 
 
 THEIR_PROGRAM = """
