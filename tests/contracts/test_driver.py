@@ -144,9 +144,7 @@ def test_kill_right_after_start_ends_all_ranks(open_driver: Open) -> None:
     assert all(isinstance(event, Reported | RankExit) for event in events)
 
 
-def test_ranks_can_be_started_again_once_all_have_ended(
-    open_driver: Open, tmp_path: Path
-) -> None:
+def test_ranks_can_be_started_again_once_all_have_ended(open_driver: Open, tmp_path: Path) -> None:
     driver = open_driver("dies_once")
     specs = specs_for(driver.place(2), str(tmp_path))
     driver.start(specs)

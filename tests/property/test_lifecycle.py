@@ -29,9 +29,7 @@ ranks = st.integers(0, WORLD_SIZE - 1)
 happenings = st.one_of(
     st.builds(RankStarted, ranks),
     st.builds(RankFailed, ranks, st.booleans()),
-    st.builds(
-        RankEnded, ranks, st.sampled_from([0, 75, 1, -9, -6]), st.booleans(), st.booleans()
-    ),
+    st.builds(RankEnded, ranks, st.sampled_from([0, 75, 1, -9, -6]), st.booleans(), st.booleans()),
     st.just(Restarted(start_by_s=1000.0)),
     st.builds(StopAsked, st.just("a signal"), st.booleans()),
     st.just(LauncherBroke("gone")),
