@@ -6,11 +6,15 @@ It belongs to one controller and outlives neither it nor its own children:
 - ranks die with it (their parent-death signal is set to it),
 - what ranks leave behind is adopted by it and ended with it.
 
-The socket carries packets of JSON. Requests are ``{"op": "fork", "name": ..., "log": ...}`` with
-the process's own socket (and what else it needs) as file descriptors, and ``{"op": "signal",
-"signal": N, "but": [name, ...]}`` for all processes but those named, and ``{"op": "clear", "but":
-[...]}``, which ends these and whatever they left. It answers ``{"ready": true}`` after the imports, then ``{"forked": name, "pid": N}``,
-``{"ended": name, "code": N}`` and ``{"cleared": true}``.
+The socket carries packets of JSON. Requests are
+
+- ``{"op": "fork", "name": ..., "log": ...}``, with the process's own socket (and what else it
+  needs) as file descriptors,
+- ``{"op": "signal", "signal": N, "but": [name, ...]}`` for all processes but those named,
+- ``{"op": "clear", "but": [name, ...]}``, which ends these and whatever they left.
+
+It answers ``{"ready": true}`` after the imports, then ``{"forked": name, "pid": N}``, ``{"ended":
+name, "code": N}`` and ``{"cleared": true}``.
 
 Why not ``multiprocessing``'s fork server: its import phase is interrupted by Ctrl-C, its exit codes
 pass through one more process, it re-imports the caller's main module in every child, and it brings

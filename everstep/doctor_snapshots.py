@@ -1,4 +1,4 @@
-"""The part of ``everstep doctor CONFIG`` about snapshots in memory: is there room, and are limits."""
+"""The part of ``everstep doctor CONFIG`` that asks whether snapshots fit into memory and limits."""
 
 from everstep import machine
 from everstep.doctor import Facts, Finding, Status
@@ -51,11 +51,8 @@ def _memory(
     ways = f"shard over more nodes{fewer}, or checkpoint.memory=null (training waits for saves)"
     if memory.node_bytes > budget:
         own = config.checkpoint.memory_budget_bytes is not None
-        what = "checkpoint.memory_budget_bytes allows" if own else "without a budget of its own, "
-        what = (
-            f"{what} {size_words(budget)}" if own else f"{what}a run may take {size_words(budget)}"
-        )
-        return Finding(name, Status.FAIL, found, f"{what}: raise it, {ways}")
+        who = "checkpoint.memory_budget_bytes allows" if own else "by default a run may take"
+        return Finding(name, Status.FAIL, found, f"{who} {size_words(budget)}: raise it, {ways}")
     if memory.node_bytes + training_bytes > _ROOM * have:
         limit = facts.memory.limit_bytes
         where = "the control group allows" if limit and limit <= available else "available are"
