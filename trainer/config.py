@@ -265,7 +265,7 @@ class CheckpointConfig(Section):
     ranks, so that none is lost when they are killed; process = in the ranks, so that saving does
     not hold up training; nothing = no snapshots, and training waits for each save."""
     memory_budget_bytes: Annotated[int, Field(ge=2**20)] | None = None
-    """Most host memory for snapshots on each node, or the run is refused; nothing = 70 % of what is
+    """Most host memory for snapshots on each node, or the run is refused; nothing = 80 % of what is
     available when it starts. `everstep doctor CONFIG` computes the need."""
     keeper_linger_s: float = Field(default=600.0, ge=0, le=86400)
     """How long keepers hold their snapshots for the next start after a run has failed or was

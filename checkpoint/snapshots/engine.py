@@ -342,7 +342,7 @@ class SnapshotEngine:
     def _wait_for_slot(self, step: int, deadline_s: float) -> None:
         while True:
             with self._lock:
-                needs, newest = rule.release_needs(self._slots), rule.newest_sealed(self._slots)
+                needs, newest = rule.capture_needs(self._slots), rule.newest_sealed(self._slots)
             if needs <= newest:
                 return
             if time.monotonic() > deadline_s:

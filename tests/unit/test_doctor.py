@@ -206,7 +206,7 @@ def test_a_run_that_fits() -> None:
             HEALTHY,
             "snapshot memory",
             Status.FAIL,
-            "by default a run may take 70 GiB",
+            "by default a run may take 80 GiB",
         ),
         (
             ["checkpoint.memory_budget_bytes=1073741824"],

@@ -74,6 +74,6 @@ def test_without_snapshots_there_is_nothing_to_hold() -> None:
 
 def test_a_budget_is_as_configured_or_most_of_what_is_there() -> None:
     config = load_config("demo")
-    assert snapshot_budget(config.checkpoint, 1000 * MIB) == 700 * MIB
+    assert snapshot_budget(config.checkpoint, 1000 * MIB) == 800 * MIB
     config = load_config("demo", [f"checkpoint.memory_budget_bytes={5 * MIB}"])
     assert snapshot_budget(config.checkpoint, 1000 * MIB) == 5 * MIB
