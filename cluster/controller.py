@@ -26,6 +26,7 @@ from everstep.cluster.driver import (
     Reported,
 )
 from everstep.cluster.errors import LaunchError
+from everstep.cluster.keepers import base_job, keeper_names, keeper_options
 from everstep.cluster.lifecycle import (
     ENDINGS,
     Action,
@@ -356,6 +357,7 @@ def run_local(
             store_port=config.launch.port if store else None,
             threads=config.parallel.threads,
             inherit_fds=[prepared.lock.fileno()],
+            keep=keeper_options(config).keep,
         )
 
     return run_controlled(
@@ -379,6 +381,7 @@ def rank_specs(
 ) -> list[RankSpec]:
     """What each rank of the first attempt is told."""
     config_yaml = dump_config(config)
+    keepers = keeper_names(base_job(config, run_dir.path), placement.seats)
     return [
         RankSpec(
             config_yaml=config_yaml,
@@ -390,6 +393,7 @@ def rank_specs(
             attempt=0,
             resume=resume,
             store=placement.store,
+            keeper=keepers[rank],
             device=placement.device,
             launch=launch,
         )

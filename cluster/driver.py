@@ -125,6 +125,13 @@ class ClusterDriver(Protocol):
         """
         ...
 
+    def end_keepers(self, timeout_s: float) -> list[str]:
+        """End the keepers that hold snapshots of the ranks, once all ranks have ended.
+
+        Returns what went wrong, as sentences; waits at most ``timeout_s`` for each.
+        """
+        ...
+
     def ask_stop(self) -> None:
         """Make ``should_stop()`` true on every rank that is still there."""
         ...

@@ -29,6 +29,7 @@ from everstep.cluster.driver import (
     wait_silently,
 )
 from everstep.cluster.errors import LaunchError
+from everstep.cluster.keepers import KeepFor, end_keepers
 from everstep.cluster.stop_signals import signals_held_back
 from everstep.cluster.worker_shell import DUMP_SIGNAL
 from everstep.trainer.rank_spec import RankSpec
@@ -42,6 +43,10 @@ _CLOSE_LIMIT_S = 5.0
 _CLEAR_LIMIT_S = 20.0
 _WAIT_S = 0.05
 _READ_BYTES = 1 << 16
+
+
+def _no_keeper(job: str) -> None:
+    raise LaunchError(f"a rank was told of keeper {job}, and nothing here starts keepers")
 
 
 @dataclass
@@ -66,6 +71,7 @@ class LocalDriver:
         threads: CPU threads per rank, or 'auto'.
         inherit_fds: descriptors that stay open as long as any process of this driver lives.
         interface: network interface that gloo uses; None = gloo chooses.
+        keep: starts the keepers that specs name, where they do not run yet.
         start_log: file in ``logs`` for what is written before there are ranks.
     """
 
@@ -79,6 +85,7 @@ class LocalDriver:
         threads: int | str = "auto",
         inherit_fds: Sequence[int] = (),
         interface: str | None = host.loopback_interface(),
+        keep: KeepFor = _no_keeper,
         start_log: str = START_LOG_NAME,
     ) -> None:
         self._logs = logs
@@ -89,6 +96,8 @@ class LocalDriver:
         self._inherit_fds = list(inherit_fds)
         self._interface = interface
         self._start_log = start_log
+        self._keep = keep
+        self._keepers: list[str] = []
         self._selector = selectors.DefaultSelector()
         self._zygote: subprocess.Popen[bytes] | None = None
         self._control: socket.socket | None = None
@@ -128,7 +137,10 @@ class LocalDriver:
         return self._placement
 
     def start(self, specs: Sequence[RankSpec]) -> None:
-        """Fork all ranks as soon as the imports are done."""
+        """Fork all ranks as soon as the imports are done, and keepers run. Raises KeeperError."""
+        self._keepers = sorted({spec.keeper for spec in specs if spec.keeper is not None})
+        for job in self._keepers:
+            self._keep(job)
         for spec in specs:
             order = {"target": self._target, "rank": spec.rank, "spec": asdict(spec)}
             log = rank_log(self._logs, spec.rank)
@@ -156,6 +168,11 @@ class LocalDriver:
         """Reports and exits since the last call."""
         late, self._late = self._late, []
         return late + self._select(0 if late else timeout_s)
+
+    def end_keepers(self, timeout_s: float) -> list[str]:
+        """End those that ranks were told of."""
+        keepers, self._keepers = self._keepers, []
+        return end_keepers(keepers, timeout_s)
 
     def ask_stop(self) -> None:
         """Tell every rank, also those that are not there yet."""

@@ -29,6 +29,7 @@ from everstep.cluster.driver import (
 )
 from everstep.cluster.errors import LaunchError
 from everstep.cluster.helper import Helper
+from everstep.cluster.keepers import NO_KEEPERS, KeeperOptions
 from everstep.cluster.local_driver import DEFAULT_PRELOAD, DEFAULT_TARGET, START_LOG_NAME
 from everstep.cluster.ray_actors import KILL_S, actor_class, kill_actors
 from everstep.cluster.ray_cluster import RayCluster, answers, within
@@ -71,6 +72,7 @@ class _Rank:
     node: Node
     pending: Any
     """Its call that waits for messages."""
+    keeper: str | None
     seen: int = 0
     silent_since_s: float | None = None
 
@@ -85,6 +87,7 @@ class RayDriver:
         launch: what to ask of the cluster.
         gpus_per_rank: 0, or 1 where ranks run on GPUs.
         threads: CPU threads per rank, or 'auto'.
+        keepers: how keepers are started on nodes, where specs name them.
         target: "module:function" that a rank runs.
         preload: modules that are imported before a rank begins.
         store: ranks need a rendezvous store.
@@ -100,6 +103,7 @@ class RayDriver:
         launch: LaunchConfig,
         gpus_per_rank: int = 0,
         threads: int | str = "auto",
+        keepers: KeeperOptions = NO_KEEPERS,
         target: str = DEFAULT_TARGET,
         preload: Sequence[str] = DEFAULT_PRELOAD,
         store: bool = True,
@@ -111,6 +115,9 @@ class RayDriver:
         self._launch = launch
         self._gpus_per_rank = gpus_per_rank
         self._threads = threads
+        self._keepers = keepers
+        self._retired: dict[str, Any] = {}
+        """An actor on the node of each keeper, whose rank has ended."""
         self._target = target
         self._preload = list(preload)
         self._wants_store = store
@@ -166,6 +173,7 @@ class RayDriver:
                 target=self._target,
                 preload=self._preload,
                 threads=self._threads,
+                keepers=asdict(self._keepers),
                 silence_s=self._silence_s,
             )
             again = f"/attempt-{spec.attempt}" if spec.attempt else ""
@@ -181,7 +189,9 @@ class RayDriver:
                 ),
             ).remote(path, asdict(setup), asdict(spec) | {"run_dir": str(self._run_dir)})
             actor.run.remote()
-            self._ranks[spec.rank] = _Rank(actor, node, actor.take.remote(0, _TAKE_S))
+            self._ranks[spec.rank] = _Rank(
+                actor, node, actor.take.remote(0, _TAKE_S), spec.keeper
+            )
 
     def renew(self, waiting: Waiting = wait_silently) -> Placement:
         """Wait until the old ranks' processes are gone; places on dead nodes are found anew."""
@@ -218,6 +228,21 @@ class RayDriver:
             events += self._hear(ranks[reference])
         return events
 
+    def end_keepers(self, timeout_s: float) -> list[str]:
+        """Ask on each node the actor of a rank that has ended there."""
+        import ray
+
+        calls = {
+            job: actor.end_keeper.remote(job, timeout_s) for job, actor in self._retired.items()
+        }
+        problems = []
+        for job, call in calls.items():
+            try:
+                problems += ray.get(call, timeout=timeout_s + KILL_S)
+            except ray.exceptions.RayError as error:
+                problems.append(f"keeper {job} was not ended ({type(error).__name__})")
+        return problems
+
     def ask_stop(self) -> None:
         """Tell every rank, also those that are not there yet."""
         self._ask("stop")
@@ -230,6 +255,8 @@ class RayDriver:
         """End all actors; their ranks' processes die with them."""
         self._ending = True
         kill_actors([rank.actor for rank in self._ranks.values()])
+        kill_actors(list(self._retired.values()))
+        self._retired = {}
 
     def close(self) -> None:
         """End the actors, wait until their ranks are gone, give everything back, and leave."""
@@ -376,11 +403,18 @@ class RayDriver:
             else:
                 events.append(RankExit(rank=number, code=message["exit"], time_s=message["time"]))
                 del self._ranks[number]
-                kill_actors([rank.actor])
+                self._retire(rank)
                 return events
         rank.seen += len(messages)
         rank.pending = rank.actor.take.remote(rank.seen, _TAKE_S)
         return events
+
+    def _retire(self, rank: _Rank) -> None:
+        """A rank has ended: one actor per keeper stays, to end that."""
+        if rank.keeper is None or rank.keeper in self._retired:
+            kill_actors([rank.actor])
+        else:
+            self._retired[rank.keeper] = rank.actor
 
     def _unreachable(self, number: int) -> list[DriverEvent]:
         """Its node may have died, or only the way to it: ask until that is clear."""

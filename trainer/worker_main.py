@@ -14,9 +14,9 @@ from everstep.checkpoint.checkpointer import Checkpointer
 from everstep.checkpoint.collective import Collective, on_rank0
 from everstep.checkpoint.errors import CheckpointError
 from everstep.checkpoint.snapshots.handle import StepInfo
-from everstep.checkpoint.stores import is_url
 from everstep.checkpoint.torch_collective import ProcessGroupCollective
 from everstep.checkpoint.torch_rng import derive_rng
+from everstep.trainer.checkpoint_place import checkpoint_place
 from everstep.trainer.commands import RESUBMIT_VARIABLE
 from everstep.trainer.config import RunConfig
 from everstep.trainer.config_load import parse_config
@@ -153,13 +153,6 @@ def _run(
         say("summary", lines=summarise(run, run_dir, nproc, sample, spec.launch, submitted))
         say("done", step=run.done_steps)
         return EXIT_DONE
-
-
-def checkpoint_place(run_dir: Path, directory: str | None) -> Path | str:
-    """Where a run keeps its checkpoints, from ``checkpoint.directory``."""
-    if directory is None:
-        return run_dir / "checkpoints"
-    return directory if is_url(directory) else run_dir / directory
 
 
 def _choose_device(config: RunConfig, spec: RankSpec) -> torch.device:

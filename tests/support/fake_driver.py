@@ -69,6 +69,10 @@ class InMemoryDriver:
         except queue.Empty:
             return events
 
+    def end_keepers(self, timeout_s: float) -> list[str]:
+        self.calls.append("end_keepers")
+        return []
+
     def ask_stop(self) -> None:
         self.calls.append("ask_stop")
         self._stop.set()

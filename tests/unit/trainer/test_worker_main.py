@@ -8,7 +8,8 @@ import torch
 from everstep.trainer.config import ParallelConfig, RunConfig, TrainConfig
 from everstep.trainer.errors import ConfigError
 from everstep.trainer.rank_spec import RankSpec
-from everstep.trainer.worker_main import _choose_device, checkpoint_place
+from everstep.trainer.checkpoint_place import checkpoint_place
+from everstep.trainer.worker_main import _choose_device
 
 
 def choose(device: str, *, gpus_seen: int, reserved: str | None, monkey: pytest.MonkeyPatch) -> str:
