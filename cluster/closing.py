@@ -7,6 +7,7 @@ from pathlib import Path
 from everstep.cluster import exit_codes
 from everstep.cluster.causes import Cause
 from everstep.cluster.lifecycle import name_ranks
+from everstep.trainer.progress import clock_time
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,7 +24,9 @@ class Outcome:
     step: int | None = None
     """The last step that was reported."""
     saved_step: int | None = None
-    """The newest step that this start of the run saved."""
+    """The newest step that this start of the run made durable."""
+    sealed_step: int | None = None
+    """The newest step that rank 0 is known to have had in memory."""
 
 
 @dataclass(frozen=True)
@@ -34,8 +37,16 @@ class Line:
     is_error: bool = False
 
 
-def closing_lines(outcome: Outcome, logs: Path, world_size: int, again: str) -> list[Line]:
-    """The last lines of a run, the most important first; ``again`` is how to go on with it."""
+def closing_lines(
+    outcome: Outcome, logs: Path, world_size: int, again: str, *, kept_s: float = 0.0
+) -> list[Line]:
+    """The last lines of a run, the most important first.
+
+    Args:
+        logs: folder of the ranks' logs.
+        again: how to go on with it.
+        kept_s: how long keepers hold the snapshots of a run that failed.
+    """
     if outcome.exit_code == exit_codes.DONE:
         return []
     if outcome.exit_code == exit_codes.STOPPED:
@@ -46,7 +57,11 @@ def closing_lines(outcome: Outcome, logs: Path, world_size: int, again: str) -> 
     lines += [Line(f"       {text}", is_error=True) for text in _where(outcome, logs)]
     if outcome.not_again is not None:
         lines.append(Line(f"       not started again: {outcome.not_again}", is_error=True))
-    if outcome.saved_step is not None:
+    sealed = outcome.sealed_step
+    if sealed is not None and kept_s > 0 and sealed > (outcome.saved_step or 0):
+        told = f"keepers hold step {sealed} in memory for {clock_time(kept_s)} from now on"
+        lines.append(Line(f"       {told}, to go on: {again}", is_error=True))
+    elif outcome.saved_step is not None:
         lines.append(Line(f"       {_go_on(outcome, again).text}", is_error=True))
     return lines
 

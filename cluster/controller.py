@@ -25,7 +25,6 @@ from everstep.cluster.driver import (
     RankExit,
     Reported,
 )
-from everstep.cluster.errors import LaunchError
 from everstep.cluster.keepers import base_job, keeper_names, keeper_options
 from everstep.cluster.lifecycle import (
     ENDINGS,
@@ -56,6 +55,7 @@ from everstep.trainer.rank_spec import RankSpec, Report
 
 _POLL_S = 0.1
 _LOGS_EVERY_S = 0.3
+_AT_ONCE_S = 2.0
 
 
 class Controller:
@@ -95,6 +95,7 @@ class Controller:
         self._messages: set[str] = set()
         self._step: int | None = None
         self._saved_step: int | None = None
+        self._sealed_step: int | None = None
         self._logs_at_s = float("-inf")
 
     def run(self, specs_for: Callable[[Placement], Sequence[RankSpec]]) -> Outcome:
@@ -114,6 +115,7 @@ class Controller:
                 self._happen(Tick())
                 self._show_logs()
                 self._view.refresh(self._clock())
+            self._end_keepers()
         except PlacingAbandoned:
             pass  # nothing has begun; the job says how it ends
         finally:
@@ -151,18 +153,29 @@ class Controller:
             ]
             self._errors, self._exits = [], []
             self._driver.start(specs)
-        except LaunchError as error:
+        except EverstepError as error:
             self._happen(LauncherBroke(str(error)))
             return
         self._happen(Restarted(self._clock() + self._start_within_s))
         self._view.status(f"starting {job.world_size} ranks again")
+
+    def _end_keepers(self) -> None:
+        """After a run that failed they stay, and hold its snapshots for the next start."""
+        if self._job.state not in (State.DONE, State.STOPPED):
+            return
+        at_once = self._job.exit_code == exit_codes.INTERRUPTED
+        problems = self._driver.end_keepers(_AT_ONCE_S if at_once else self._job.grace_s)
+        for problem in [] if at_once else problems:  # it ends by itself when all is durable
+            self._view.line(f"warning: {problem}")
 
     def _resume_again(self, resume: str) -> str:
         """What to resume from: as asked for the first time, until this run has states of its own.
 
         'never' holds where nothing was saved before, which ranks that trained have found out.
         """
-        if self._saved_step is not None or (resume == "never" and self._step is not None):
+        if self._saved_step is not None or self._sealed_step is not None:
+            return "auto"
+        if resume == "never" and self._step is not None:
             return "auto"
         return resume
 
@@ -204,6 +217,7 @@ class Controller:
         elif rank == 0:
             if kind == "step":
                 self._step = report["step"]
+                self._sealed_step = report.get("sealed")
                 self._drill(report["step"])
             elif kind == "saved":
                 self._saved_step = report["step"]
@@ -274,6 +288,7 @@ class Controller:
             not_again=job.not_again,
             step=self._step,
             saved_step=self._saved_step,
+            sealed_step=self._sealed_step,
         )
 
 
@@ -324,7 +339,10 @@ def run_controlled(
             again = resume_command(
                 run_dir, world_size, launch=launch, submitted=os.environ.get(RESUBMIT_VARIABLE)
             )
-            _tell(outcome, view, errors, prepared, events, world_size, again)
+            kept_s = config.checkpoint.keeper_linger_s
+            if config.checkpoint.memory != "keeper":
+                kept_s = 0.0
+            _tell(outcome, view, errors, prepared, events, world_size, again, kept_s)
             return outcome.exit_code
     except EverstepError as error:
         say(errors, f"error: {error}")
@@ -427,8 +445,9 @@ def _tell(
     events: EventLog,
     world_size: int,
     again: str,
+    kept_s: float,
 ) -> None:
-    for line in closing_lines(outcome, run_dir.logs, world_size, again):
+    for line in closing_lines(outcome, run_dir.logs, world_size, again, kept_s=kept_s):
         if line.is_error:
             say(errors, line.text)
         else:

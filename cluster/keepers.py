@@ -80,6 +80,11 @@ def keeper_names(base: str | None, seats: Sequence[Seat]) -> list[str | None]:
     ]
 
 
+def keeper_runs(job: str) -> bool:
+    """Whether this node has the keeper of a job, whoever has started it. Raises KeeperError."""
+    return control.status(job) is not None
+
+
 def end_keepers(jobs: Sequence[str], timeout_s: float) -> list[str]:
     """End keepers of this node, which make durable what is not yet; what went wrong, if it did."""
     problems = []
@@ -96,9 +101,5 @@ def run_status(config: RunConfig, run_dir: Path) -> list[Mapping[str, Any]]:
     base = base_job(config, run_dir)
     if base is None:
         return []
-    found = (
-        control.status(job)
-        for job in jobs_in()
-        if job == base or job.startswith(f"{base}-n")
-    )
+    found = (control.status(job) for job in jobs_in() if job == base or job.startswith(f"{base}-n"))
     return [each for each in found if each is not None]

@@ -189,9 +189,7 @@ class RayDriver:
                 ),
             ).remote(path, asdict(setup), asdict(spec) | {"run_dir": str(self._run_dir)})
             actor.run.remote()
-            self._ranks[spec.rank] = _Rank(
-                actor, node, actor.take.remote(0, _TAKE_S), spec.keeper
-            )
+            self._ranks[spec.rank] = _Rank(actor, node, actor.take.remote(0, _TAKE_S), spec.keeper)
 
     def renew(self, waiting: Waiting = wait_silently) -> Placement:
         """Wait until the old ranks' processes are gone; places on dead nodes are found anew."""
