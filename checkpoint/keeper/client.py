@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import socket
 import threading
 import weakref
 from collections.abc import Callable, Mapping, Sequence
@@ -172,6 +173,11 @@ class KeeperMemory:
             self._sets, self._current, self._locks = [], None, {}
 
     # More than a SlotMemory
+
+    @property
+    def name(self) -> str:
+        """Which keeper it is: host, place and job."""
+        return f"{socket.gethostname()}:{self._place.path}"
 
     def pinned(self) -> set[int]:
         """Reserved slots that are being flushed or read: they are not to be captured into now."""

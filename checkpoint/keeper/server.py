@@ -321,7 +321,11 @@ class Keeper:
     # Life
 
     def _patience_s(self) -> float:
-        return 0.5 if self._expected or self._ending_since_s is not None else 2.0
+        """Until it is to be looked whether something is due, without any event."""
+        if self._expected or self._ending_since_s is not None:
+            return 0.5
+        left_s = self._linger_s - (time.monotonic() - self._alone_since_s)
+        return min(2.0, max(0.05, left_s))
 
     def _is_over(self) -> bool:
         """Do what is due when nobody else is there to do it; True when nothing is left to do."""

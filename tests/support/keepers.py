@@ -202,11 +202,12 @@ def users_of(inodes: set[int]) -> set[int]:
     found = set()
     for pid in filter(str.isdigit, os.listdir("/proc")):
         with contextlib.suppress(OSError):
-            if any(_is_slot(line, inodes) for line in open(f"/proc/{pid}/maps")):
+            lines = Path(f"/proc/{pid}/maps").read_text(errors="replace").splitlines()
+            if any(_is_slot(line, inodes) for line in lines):
                 found.add(int(pid))
-            for fd in os.scandir(f"/proc/{pid}/fd"):
+            for fd in Path(f"/proc/{pid}/fd").iterdir():
                 with contextlib.suppress(OSError):
-                    if segments.NAME in os.readlink(fd.path) and os.stat(fd.path).st_ino in inodes:
+                    if segments.NAME in os.readlink(fd) and fd.stat().st_ino in inodes:
                         found.add(int(pid))
     return found
 

@@ -380,19 +380,25 @@ def test_bad_requests_are_refused_and_cost_nothing(keeper: KeeperThread) -> None
         memory.reserve(SLOT_BYTES, 1)
 
 
+def _ask_for_ever(channel: Channel) -> None:
+    while True:
+        channel.send({"id": 1, "do": "status"})
+
+
 def test_a_client_that_does_not_read_is_dropped(keeper: KeeperThread) -> None:
     lazy = Channel(keeper.place.connect())
     with keeper.connect() as memory:
         memory.reserve(SLOT_BYTES, 64)
         with pytest.raises(OSError):
-            for number in range(20_000):
-                lazy.send({"id": number, "do": "status"})
+            _ask_for_ever(lazy)
         assert memory.pinned() == set()
     lazy.close()
 
 
 _STRANGER = """
-import socket, sys
+import os, socket, sys
+os.setgroups([])
+os.setuid(65534)
 s = socket.socket(socket.AF_UNIX)
 try:
     s.connect(sys.argv[1])
@@ -409,7 +415,7 @@ def test_another_user_gets_nothing(keeper: KeeperThread, tmp_path: Path) -> None
     def stranger() -> str:
         command = [sys.executable, "-I", "-c", _STRANGER, str(address)]
         return subprocess.run(
-            command, user=65534, capture_output=True, text=True, timeout=20, check=True, cwd="/"
+            command, capture_output=True, text=True, timeout=20, check=True
         ).stdout.strip()
 
     assert stranger() == "PermissionError"
@@ -454,8 +460,9 @@ def test_a_data_plane_reads_what_is_sealed(place: KeeperPlace) -> None:
             assert holds(found, 3)
             assert memory.pinned() == {1}
         assert memory.pinned() == set()
-        with pytest.raises(KeeperError, match="is not in this keeper's memory"), read(
-            1, StepId(1, 3)
+        with (
+            pytest.raises(KeeperError, match="is not in this keeper's memory"),
+            read(1, StepId(1, 3)),
         ):
             pass
     assert plane.closed
@@ -468,11 +475,13 @@ from pathlib import Path
 from everstep.checkpoint.keeper.client import KeeperMemory
 memory = KeeperMemory("job", rank=0, world_size=1, place=Path(sys.argv[1]))
 memory.reserve(65536, 1)
-before = len(os.listdir("/proc/self/fd"))
+lock = os.open("/dev/null", os.O_RDONLY)
+memory.lend_lock("x", lock)
+mine = [memory._link._channel.fileno(), *memory._sets[0].fds, *memory._locks.values()]
 child = os.fork()
 if child == 0:
-    os._exit(before - len(os.listdir("/proc/self/fd")))
-print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), memory.pinned())
+    os._exit(sum(os.path.exists(f"/proc/self/fd/{fd}") for fd in mine))
+print(len(mine), os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), memory.pinned())
 memory.close()
 """
     found = subprocess.run(
@@ -483,7 +492,7 @@ memory.close()
         check=True,
         env={**os.environ, "PYTHONPATH": os.getcwd()},
     )
-    assert found.stdout == "2 set()\n"  # the connection, and the slot's descriptor
+    assert found.stdout == "3 0 set()\n"
 
 
 def test_arrays_outlive_the_memory(keeper: KeeperThread) -> None:
