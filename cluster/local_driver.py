@@ -41,6 +41,7 @@ _STORE = "store"
 _STORE_TARGET = "everstep.cluster.rendezvous:serve"
 _CLOSE_LIMIT_S = 5.0
 _CLEAR_LIMIT_S = 20.0
+_SHORT_WAIT_S = 1.0
 _WAIT_S = 0.05
 _READ_BYTES = 1 << 16
 
@@ -150,10 +151,12 @@ class LocalDriver:
         """End what the ranks left; the store and the process that forks ranks stay."""
         self._ending = self._stop_asked = self._cleared = False
         self._ask_zygote({"op": "clear", "but": [_STORE]})
-        deadline_s = time.monotonic() + _CLEAR_LIMIT_S
+        began_s = time.monotonic()
         while not self._cleared:
-            waiting("ending what the ranks have left")
-            if time.monotonic() > deadline_s:
+            waited_s = time.monotonic() - began_s
+            if waited_s > _SHORT_WAIT_S:
+                waiting("ending what the ranks have left")
+            if waited_s > _CLEAR_LIMIT_S:
                 raise LaunchError(
                     f"what the ranks have started did not end within {_CLEAR_LIMIT_S:g} seconds "
                     "(waiting for a device?): end it, and start this command again"

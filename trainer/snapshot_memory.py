@@ -16,7 +16,7 @@ SAVED_BYTES_PER_PARAMETER = 12
 """fp32 parameter and both moments."""
 BUDGET_SHARE = 0.8
 """Of the memory that is available when a run begins, where the config sets no budget."""
-_RANK_BYTES = 2**20
+_RANK_BYTES = 2**17
 """Of a slot beside its tensors: the seal, the vote, the pack's header and checksums."""
 
 

@@ -301,7 +301,8 @@ def _resume(
     info = checkpointer.loaded
     if info is not None:
         engine.follow_config()
-        say("resumed", step=info.step, path=info.path, why=info.why)
+        where = info.path.removesuffix(f" (step {info.step})")
+        say("resumed", step=info.step, path=where, why=info.why)
         if left := [s for s in steps if s > info.step]:
             say(
                 "message",

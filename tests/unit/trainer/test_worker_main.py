@@ -68,4 +68,5 @@ def test_cuda_that_is_not_there_is_an_error(monkeypatch: pytest.MonkeyPatch) -> 
     ],
 )
 def test_where_checkpoints_live(directory: str | None, place: Path | str) -> None:
-    assert checkpoint_place(Path("runs/a"), directory) == place
+    expected = place if isinstance(place, str) else place.absolute()
+    assert checkpoint_place(Path("runs/a"), directory) == expected
