@@ -17,7 +17,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from everstep.cluster import rendezvous
+from everstep.cluster import host, rendezvous
 from everstep.cluster.driver import (
     Broken,
     DriverEvent,
@@ -161,6 +161,9 @@ class RayDriver:
         versions = installed_versions()
         one_host = len({node.address for node in self._rank_nodes}) == 1
         path = [entry or os.getcwd() for entry in sys.path]
+        keepers = self._keepers
+        if one_host and len({spec.keeper for spec in specs}) > 1 and keepers.interface is None:
+            keepers = replace(keepers, interface=host.loopback_interface())
         for spec in specs:
             node = self._rank_nodes[spec.rank]
             setup = HostSetup(
@@ -173,7 +176,7 @@ class RayDriver:
                 target=self._target,
                 preload=self._preload,
                 threads=self._threads,
-                keepers=asdict(self._keepers),
+                keepers=asdict(keepers),
                 silence_s=self._silence_s,
             )
             again = f"/attempt-{spec.attempt}" if spec.attempt else ""
