@@ -160,8 +160,8 @@ class Controller:
         self._view.status(f"starting {job.world_size} ranks again")
 
     def _end_keepers(self) -> None:
-        """After a run that failed they stay, and hold its snapshots for the next start."""
-        if self._job.state not in (State.DONE, State.STOPPED):
+        """After a run that failed they stay, if they hold anything for the next start."""
+        if self._job.state is State.FAILED and self._sealed_step is not None:
             return
         at_once = self._job.exit_code == exit_codes.INTERRUPTED
         problems = self._driver.end_keepers(_AT_ONCE_S if at_once else self._job.grace_s)

@@ -198,7 +198,7 @@ class RayDriver:
         """Wait until the old ranks' processes are gone; places on dead nodes are found anew."""
         assert self._placement is not None
         self.kill()
-        self._ranks = {}
+        self._let_go()
         self._free_run_dir(waiting)
         if not all(map(_node_answers, self._rank_nodes)):
             self._give_group_back()
@@ -256,13 +256,11 @@ class RayDriver:
         """End all actors; their ranks' processes die with them."""
         self._ending = True
         kill_actors([rank.actor for rank in self._ranks.values()])
-        kill_actors(list(self._retired.values()))
-        self._retired = {}
 
     def close(self) -> None:
         """End the actors, wait until their ranks are gone, give everything back, and leave."""
         self.kill()
-        self._ranks = {}
+        self._let_go()
         if self._token is not None:
             remove_token(self._run_dir)
             wait_for_ranks(self._run_dir, _CLOSE_S)
@@ -275,6 +273,10 @@ class RayDriver:
         if self._cluster is not None:
             self._cluster.leave()
             self._cluster = None
+
+    def _let_go(self) -> None:
+        kill_actors(list(self._retired.values()))
+        self._ranks, self._retired = {}, {}
 
     def _reserve(self, world_size: int, waiting: Waiting) -> None:
         from ray.util.placement_group import placement_group, placement_group_table

@@ -69,7 +69,7 @@ def report_line(report: Report) -> str | None:
         case "snapshots":
             return snapshot_words(report)
         case "not_saved":
-            return f"not durable: {report['why']}"
+            return f"training goes on, and later steps are tried as well: {report['why']}"
         case "eval":
             return f"step {report['step']} · held-out loss {report['loss']:.4f}"
         case "saved":

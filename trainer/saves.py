@@ -7,8 +7,8 @@ from dataclasses import dataclass
 
 from everstep.checkpoint.checkpointer import Checkpointer
 from everstep.checkpoint.errors import NotRequested, SnapshotSkipped
-from everstep.checkpoint.snapshots.engine import SnapshotReport
 from everstep.checkpoint.snapshots.handle import StepInfo
+from everstep.checkpoint.snapshots.report import SnapshotReport
 from everstep.checkpoint.torch_state import State
 from everstep.trainer.config import CheckpointConfig
 
@@ -56,6 +56,7 @@ class Saves:
         self.durable_step = durable_step
         """Newest step that is known to be durable; 0: none."""
         self._under_way: list[Future[StepInfo]] = []
+        self._outage = False
 
     @property
     def in_memory(self) -> bool:
@@ -118,22 +119,20 @@ class Saves:
         )
 
     def _look(self) -> None:
-        """Tell of what has become durable meanwhile.
-
-        What could not be written is the engine's to warn about; later steps are tried all the same.
-        """
+        """Tell of what has become durable meanwhile, and once when something could not."""
         for future in [future for future in self._under_way if future.done()]:
             self._under_way.remove(future)
             error = future.exception()
             if error is None:
                 self._durable(future.result())
-            elif not isinstance(error, NotRequested | SnapshotSkipped):
+            elif not isinstance(error, NotRequested | SnapshotSkipped) and not self._outage:
+                self._outage = True
                 self._say("not_saved", why=str(error))
 
     def _durable(self, info: StepInfo) -> None:
         if info.step <= self.durable_step:
             return
-        self.durable_step = info.step
+        self.durable_step, self._outage = info.step, False
         self._say(
             "saved", step=info.step, path=info.path, bytes=info.size_bytes, seconds=info.duration_s
         )

@@ -3,7 +3,6 @@
 import json
 import os
 import signal
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +16,10 @@ TWO = ("mesh.tp=1", "train.steps=24", "checkpoint.every_steps=10")
 
 
 @pytest.fixture(autouse=True)
-def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Keepers of these tests have a place of their own, and leave nobody in it."""
     monkeypatch.setenv("XDG_RUNTIME_DIR", str(tmp_path))
-    yield default_place()
+    return default_place()
 
 
 def train(folder: Path, name: str, *more: str) -> str:
@@ -89,7 +88,7 @@ def test_the_command_killed_its_keeper_makes_durable_what_is_newest_and_waits(
 ) -> None:
     train(small_run, "straight", "checkpoint.memory=null")
     run_dir = small_run / "killed"
-    arguments = ("train", "run.yaml", "--run-dir", "killed", *TWO)
+    arguments = ("train", "run.yaml", "--run-dir", "killed", *TWO, "checkpoint.keeper_linger_s=60")
     with cli.command(*arguments, cwd=small_run) as run:
         assert cli.wait_until(lambda: len(cli.metrics(run_dir)) >= 15), run.output
         run.process.kill()
@@ -101,16 +100,14 @@ def test_the_command_killed_its_keeper_makes_durable_what_is_newest_and_waits(
     assert "resumed from step " in output
     assert "(the memory of keepers), which is in memory on all 2 ranks" in output
     assert_same(run_dir, small_run / "straight")
-    assert not [entry for entry in place.rglob("keeper.sock")]
+    assert not list(place.rglob("keeper.sock"))
 
 
 @pytest.mark.slow
 def test_a_run_that_failed_says_what_its_keepers_hold(small_run: Path) -> None:
     (small_run / "bad_model.py").write_text(BAD_MODEL)
-    bad = ("model.factory=bad_model:make", "checkpoint.keeper_linger_s=1")
-    with cli.command(
-        "train", "run.yaml", "--run-dir", "bad", *TWO, *bad, cwd=small_run
-    ) as run:
+    bad = ("model.factory=bad_model:make",)
+    with cli.command("train", "run.yaml", "--run-dir", "bad", *TWO, *bad, cwd=small_run) as run:
         assert run.wait() == 1, run.output
         run.assert_nothing_left()
     assert "not started again: an error that a rank raised itself would come again" in run.output

@@ -5,10 +5,10 @@ from pathlib import Path
 import pytest
 import torch
 
+from everstep.trainer.checkpoint_place import checkpoint_place
 from everstep.trainer.config import ParallelConfig, RunConfig, TrainConfig
 from everstep.trainer.errors import ConfigError
 from everstep.trainer.rank_spec import RankSpec
-from everstep.trainer.checkpoint_place import checkpoint_place
 from everstep.trainer.worker_main import _choose_device
 
 
