@@ -313,10 +313,12 @@ class RayDriver:
 
     def _free_run_dir(self, waiting: Waiting) -> None:
         remove_token(self._run_dir)
-        deadline_s = time.monotonic() + ENDING_S
+        began_s = time.monotonic()
         while not wait_for_ranks(self._run_dir, _POLL_S):
-            waiting("waiting for the end of the ranks' processes")
-            if time.monotonic() > deadline_s:
+            waited_s = time.monotonic() - began_s
+            if waited_s > _SHORT_WAIT_S:
+                waiting("waiting for the end of the ranks' processes")
+            if waited_s > ENDING_S:
                 raise LaunchError(
                     f"ranks still hold the run directory {self._run_dir} {ENDING_S:g} seconds "
                     "after they were ended: start this command again when their node is back or "

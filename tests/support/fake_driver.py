@@ -34,6 +34,7 @@ class InMemoryDriver:
         self._killed = threading.Event()
         self.calls: list[str] = []
         self.specs: list[RankSpec] = []
+        self.ended_keepers = False
 
     def place(self, world_size: int, waiting: Waiting = wait_silently) -> Placement:
         seat_of = [
@@ -70,7 +71,7 @@ class InMemoryDriver:
             return events
 
     def end_keepers(self, timeout_s: float) -> list[str]:
-        self.calls.append("end_keepers")
+        self.ended_keepers = True
         return []
 
     def ask_stop(self) -> None:

@@ -123,13 +123,14 @@ def _main() -> int:
 
     from everstep.cluster.controller import run_local
     from everstep.cluster.external import run_external
-    from everstep.trainer.config import LaunchConfig, RunConfig, TrainConfig
+    from everstep.trainer.config import CheckpointConfig, LaunchConfig, RunConfig, TrainConfig
 
     worker, run_dir, ranks, grace_s, restarts, kind = sys.argv[1:]
     config = RunConfig(
         name="fake",
         train=TrainConfig(steps=20, grace_s=float(grace_s)),
         launch=LaunchConfig(max_restarts=int(restarts)),
+        checkpoint=CheckpointConfig(memory=None),
     )
     target = f"tests.support.fake_workers:{worker}"
     if kind == "external":

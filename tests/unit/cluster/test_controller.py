@@ -97,6 +97,7 @@ def test_a_run_to_its_end(tmp_path: Path) -> None:
     outcome = bench.run()
     assert outcome == Outcome(exit_code=0, step=20, saved_step=20)
     assert bench.driver.calls == []
+    assert bench.driver.ended_keepers
     assert {event["rank"] for event in bench.events() if event["kind"] == "done"} == {0, 1}
     reasons = [event["reason"] for event in bench.events() if event["kind"] == "state"]
     assert reasons == ["all 2 ranks run", "all done"]
@@ -176,6 +177,14 @@ def test_errors_that_a_rank_raised_are_not_tried_again(tmp_path: Path) -> None:
     bench = Bench(tmp_path, "rank_1_raises", max_restarts=3)
     outcome = bench.run()
     assert outcome.not_again == "an error that a rank raised itself would come again"
+    assert bench.driver.ended_keepers  # they hold nothing
+
+
+def test_what_keepers_hold_outlives_a_run_that_failed(tmp_path: Path) -> None:
+    bench = Bench(tmp_path, "rank_1_raises")
+    bench.driver.tell(Reported(0, {"kind": "step", "step": 7, "steps": 9, "sealed": 6}))
+    assert bench.run().sealed_step == 6
+    assert not bench.driver.ended_keepers
     assert bench.driver.calls == ["kill"]
 
 

@@ -12,7 +12,13 @@ from rich.console import Console
 from everstep.cluster.controller import run_local
 from everstep.cluster.rendezvous import listen
 from everstep.cluster.run_dir import prepare_run_dir
-from everstep.trainer.config import LaunchConfig, MeshConfig, RunConfig, TrainConfig
+from everstep.trainer.config import (
+    CheckpointConfig,
+    LaunchConfig,
+    MeshConfig,
+    RunConfig,
+    TrainConfig,
+)
 from tests.support.launched import wait_for
 
 
@@ -31,7 +37,8 @@ def run_dir(tmp_path: Path) -> Path:
 def run(worker: str, run_dir: Path, ranks: int = 2, **sections: object) -> Ran:
     """Run fake workers to their end, launched by this process."""
     output, errors = io.StringIO(), io.StringIO()
-    config = RunConfig.model_validate({"name": "fake", "train": TrainConfig(steps=20), **sections})
+    known = {"train": TrainConfig(steps=20), "checkpoint": CheckpointConfig(memory=None)}
+    config = RunConfig.model_validate({"name": "fake", **known, **sections})
     code = run_local(
         config,
         run_dir,
