@@ -22,7 +22,12 @@ from everstep.checkpoint.keeper.wire import Channel
 
 if TYPE_CHECKING:
     from everstep.checkpoint.keeper.flushes import FlushSlot
-    from everstep.checkpoint.keeper.server import DataPlaneFactory
+    from everstep.checkpoint.keeper.server import (
+        DataPlane,
+        DataPlaneFactory,
+        ReadSlot,
+        SealedSlots,
+    )
 
 MODULE = "everstep.checkpoint.keeper.main"
 _LOCK_WAIT_S = 1.0
@@ -144,6 +149,8 @@ def _keep(
         process.returncode = 0  # it outlives this one
         return Channel(ours)
 
+    if data_plane_factory is None and options.interface is not None:
+        data_plane_factory = _data_plane
     keeper = Keeper(
         listener,
         Deputy(Channel(socket.socket(fileno=options.channel_fd))),
@@ -160,6 +167,14 @@ def _keep(
         signal.signal(number, lambda *_: keeper.terminate())
     keeper.run()
     return 0
+
+
+def _data_plane(
+    read_slot: "ReadSlot", sealed_slots: "SealedSlots", token: bytes, interface: str | None
+) -> "DataPlane":
+    from everstep.checkpoint.keeper.transport import DataPlane
+
+    return DataPlane(read_slot, token, sealed_slots=sealed_slots, interface=interface)
 
 
 def _flush_slot() -> "FlushSlot":
