@@ -4,7 +4,7 @@ import contextlib
 import math
 import os
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from types import TracebackType
 from typing import Any
 
@@ -27,7 +27,10 @@ from everstep.checkpoint.errors import (
 from everstep.checkpoint.lineage import StepId
 from everstep.checkpoint.manifest import Manifest
 from everstep.checkpoint.ownership import Ownership
+from everstep.checkpoint.snapshots.arena import ArenaMemory
+from everstep.checkpoint.snapshots.engine import Interval, SnapshotEngine, SnapshotReport
 from everstep.checkpoint.snapshots.handle import SaveHandle, StepInfo, durable_handle
+from everstep.checkpoint.snapshots.memory import SlotMemory
 from everstep.checkpoint.state_capture import Place
 from everstep.checkpoint.store import Store
 from everstep.checkpoint.stores import open_store
@@ -61,6 +64,13 @@ class Checkpointer:
         threads: copy threads of this rank.
         read_only: take no lock, refuse to save.
         storage_options: for the file system of a URL: credentials, endpoint, ….
+        durable_every: steps between durable checkpoints, with a snapshot in memory at every save.
+        durable_every_s: the same in seconds; with both, whichever comes first.
+        memory: where snapshots are; None: in this process, where one of the two before is given.
+        timeout_s: how long a save that must not be skipped waits for memory, and ``close`` for
+            what is still being written.
+        lazy_objects: names of objects of the state whose tensors change only after
+            ``wait_captured``; those of all others are copied before ``save`` returns.
         single_writer: promises that never more than one job at a time writes to a URL whose store
             cannot refuse the second.
 
@@ -80,6 +90,11 @@ class Checkpointer:
         read_only: bool = False,
         storage_options: Mapping[str, Any] | None = None,
         single_writer: bool = False,
+        durable_every: int | None = None,
+        durable_every_s: float | None = None,
+        memory: SlotMemory | None = None,
+        timeout_s: float = 600.0,
+        lazy_objects: Collection[str] = (),
     ) -> None:
         self._collective = collective or SingleProcess()
         self._mesh = dict(mesh or {"rank": self._collective.world_size})
@@ -105,16 +120,47 @@ class Checkpointer:
         self._durable = DurableSave(
             self._directory, self._collective, self._owner, self._place, keep=keep, threads=threads
         )
+        interval = Interval(steps=durable_every, seconds=durable_every_s)
+        self._engine: SnapshotEngine | None = None
+        if not read_only and (memory is not None or interval.flushes):
+            self._engine = SnapshotEngine(
+                self._directory,
+                self._collective,
+                self._owner,
+                self._place,
+                memory or ArenaMemory(),
+                keep=keep,
+                interval=interval,
+                order={
+                    "storage_options": storage_options and dict(storage_options),
+                    "single_writer": single_writer,
+                    "deadline_s": timeout_s,
+                },
+                threads=threads,
+                timeout_s=timeout_s,
+                lazy_objects=lazy_objects,
+            )
 
     def save(
-        self, step: int, state: State, *, on_bytes: Callable[[int], None] | None = None
+        self,
+        step: int,
+        state: State,
+        *,
+        durable: bool | None = None,
+        on_bytes: Callable[[int], None] | None = None,
     ) -> SaveHandle:
-        """Save the state after a step; when it returns, the checkpoint is durable.
+        """Save the state after a step.
+
+        With snapshots it returns at once: call it after every step. Live tensors may change after
+        the next step of an optimizer of the state, or ``wait_captured``, has begun. Without, the
+        checkpoint is durable when it returns.
 
         Args:
             step: number of the step that has just been finished, from 0; larger from save to save.
             state: what to save.
-            on_bytes: called on each rank with the bytes written so far.
+            durable: of snapshots: True: never skipped, and made durable at once; False: not made
+                durable, even if it is due; None: as the interval says.
+            on_bytes: called on each rank with the bytes written so far, by a save that waits.
 
         Raises:
             SaveFailedError: some rank could not save; causes by rank, nothing of the step is kept.
@@ -126,9 +172,24 @@ class Checkpointer:
         """
         self._check_step(step)
         self._owner.claim()
-        info = self._durable.save(step, state, on_bytes)
+        if self._engine is not None:
+            handle = self._engine.save(step, state, durable)
+        else:
+            handle = durable_handle(self._durable.save(step, state, on_bytes))
         self._newest_step = step
-        return durable_handle(info)
+        return handle
+
+    def wait_captured(self) -> None:
+        """Return when tensors of the last saved state may change; the caller helps with copying.
+
+        Optimizers of the state call it by themselves, before each step.
+        """
+        if self._engine is not None:
+            self._engine.wait_captured()
+
+    def report(self) -> SnapshotReport:
+        """How snapshots have gone so far, on this rank."""
+        return SnapshotReport() if self._engine is None else self._engine.report
 
     def load(
         self,
@@ -159,6 +220,8 @@ class Checkpointer:
         """
         begun_s = time.monotonic()
         wanted = selection(include)
+        if self._engine is not None:
+            self._engine.watch(state)
         if not self._read_only:
             self._owner.claim()
 
@@ -192,6 +255,8 @@ class Checkpointer:
             raise LoadFailedError(step_id.step, done.causes, others) from done.error
         size_bytes, rng_restored = done.results[self._collective.rank]
         self._owner.continue_from(step_id)
+        if self._engine is not None:
+            self._engine.began_from(step_id, memory=False, lineage=())
         self._newest_step = step_id.step
         self.loaded = StepInfo(
             step=step_id.step,
@@ -217,8 +282,19 @@ class Checkpointer:
         return None if found is None else self._directory.manifest(found)
 
     def close(self) -> None:
-        """Release the directory; may be called twice."""
-        self._owner.release()
+        """Wait for what is being written, and release the directory; may be called twice.
+
+        Raises:
+            SaveFailedError: the last checkpoint of the interval could not be made durable.
+        """
+        self._close(finished=True)
+
+    def _close(self, *, finished: bool) -> None:
+        try:
+            if self._engine is not None:
+                self._engine.close(finished=finished)
+        finally:
+            self._owner.release()
 
     def _check_step(self, step: int) -> None:
         if self._read_only:
@@ -281,4 +357,4 @@ class Checkpointer:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        self.close()
+        self._close(finished=error is None)

@@ -35,12 +35,12 @@ from everstep.checkpoint.generations import Generations
 from everstep.checkpoint.leases import free_to_delete, held_for_reading
 from everstep.checkpoint.lineage import Generation, StepId, in_lineage
 from everstep.checkpoint.manifest import (
-    Lineage,
     Manifest,
     Part,
     decode_manifest,
     encode_manifest,
     encode_part,
+    lineage_of,
 )
 from everstep.checkpoint.records import read_record
 from everstep.checkpoint.retention import abandoned, superfluous
@@ -287,12 +287,7 @@ class CheckpointDirectory:
             StepExistsError: the step is committed with other content.
         """
         parts = self._parts(step_id, world_size)
-        told = parts[0].context.get("lineage")
-        try:
-            lineage = Lineage(told["parent"], told["fork_step"]) if told else None
-        except (KeyError, TypeError) as e:
-            where = self.store.describe(part_key(step_id, 0))
-            raise ManifestError(where, f"its lineage is none: {e!r}") from None
+        lineage = lineage_of(parts[0], self.store.describe(part_key(step_id, 0)))
         manifest = self._assembly.manifest(parts, lineage)
         folder = step_key(step_id)
         try:

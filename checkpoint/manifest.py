@@ -220,6 +220,15 @@ def build_manifest(
     )
 
 
+def lineage_of(part: Part, path: Path | str) -> Lineage | None:
+    """What the part of rank 0 says of the lineage; raises ManifestError."""
+    told = part.context.get("lineage")
+    try:
+        return Lineage(told["parent"], told["fork_step"]) if told else None
+    except (KeyError, TypeError) as e:
+        raise ManifestError(path, f"its lineage is none: {e!r}") from None
+
+
 def _places(tensors: Mapping[str, StoredTensor], n_packs: int) -> Places:
     return place(((t.spec, t.layout, t.packs) for t in tensors.values()), n_packs)
 

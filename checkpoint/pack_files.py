@@ -1,4 +1,4 @@
-"""Local files of packs, whose sizes are known."""
+"""The bytes of packs, whose sizes are known: local files, and memory that is there already."""
 
 import errno
 import mmap
@@ -7,6 +7,7 @@ from collections import deque
 from collections.abc import Generator, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 
@@ -19,6 +20,53 @@ AHEAD = 4
 
 Range = tuple[int, int]
 """Begin and end in a file."""
+
+
+class PackFile(Protocol):
+    """The bytes of a pack, for reading."""
+
+    @property
+    def data(self) -> ByteArray:
+        """All of them; what is read is fetched before."""
+        ...
+
+    def fetch(self, begin: int, end: int) -> None:
+        """Bring a range into memory; raises OSError where that is impossible."""
+        ...
+
+    def fetch_all(self, ranges: Iterable[Range]) -> Generator[None, None, None]:
+        """Fetch one range after the other."""
+        ...
+
+    def close(self) -> None:
+        """Let go of the bytes."""
+        ...
+
+
+class MemoryFile:
+    """A pack that is in memory; whoever makes it sees to it that it stays there.
+
+    Raises:
+        PackTruncatedError: it has another size.
+    """
+
+    def __init__(self, where: str, data: ByteArray, size_bytes: int) -> None:
+        if len(data) != size_bytes:
+            raise PackTruncatedError(where, f"it has {len(data)} bytes, expected {size_bytes}")
+        self.data = data
+        """All bytes of the pack."""
+
+    def fetch(self, begin: int, end: int) -> None:
+        """Nothing is to be done."""
+
+    def fetch_all(self, ranges: Iterable[Range]) -> Generator[None, None, None]:
+        """Nothing is to be done, for each range."""
+        for _ in ranges:
+            yield
+
+    def close(self) -> None:
+        """Let go of the memory."""
+        del self.data
 
 
 class MappedFile:

@@ -1,4 +1,4 @@
-"""Reads boxes out of a pack that is a local file, and verifies what it reads in the same pass."""
+"""Reads boxes out of a pack in a local file or in memory, verifying it in the same pass."""
 
 from collections.abc import Callable, Iterable
 from contextlib import closing
@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from everstep.checkpoint.errors import BlockChecksumError, PackHeaderError
 from everstep.checkpoint.kernels import crc32c, scatter_box_crc
 from everstep.checkpoint.pack import TABLE_SUFFIX, PackRecord, StridedBytes
-from everstep.checkpoint.pack_files import MappedFile, read_file
+from everstep.checkpoint.pack_files import MappedFile, PackFile, read_file
 from everstep.checkpoint.pack_walk import (
     WINDOW_BYTES,
     PackCopy,
@@ -29,15 +29,28 @@ _NO_COPY = PackCopy(0, 0, (1,), (0,), 1, StridedBytes(np.empty(0, np.uint8), 0, 
 class PackReader:
     """Reads boxes out of a pack, verifying every block that it touches; a context manager.
 
+    Args:
+        path: of the file, or words for where else the pack is.
+        record: of the pack.
+        threads: copy threads.
+        file: the bytes of the pack, to be closed with this; None: those of the file at ``path``.
+
     Raises:
         PackTruncatedError: the file is missing or has another size than its record.
         PackHeaderError: header or checksum table are not what the record says.
         OSError: as the file system reports it.
     """
 
-    def __init__(self, path: Path, record: PackRecord, *, threads: int = 1) -> None:
+    def __init__(
+        self,
+        path: Path | str,
+        record: PackRecord,
+        *,
+        threads: int = 1,
+        file: PackFile | None = None,
+    ) -> None:
         self._path, self._blocks, self._threads = path, record.blocks, threads
-        self._file = MappedFile(path, record.size_bytes)
+        self._file = file or MappedFile(Path(path), record.size_bytes)
         try:
             table = self._checked_table(record)
         except BaseException:
@@ -53,7 +66,7 @@ class PackReader:
             self._file.fetch(record.table_start, record.size_bytes)
             table = self._file.data[record.table_start :].tobytes()
         else:
-            table_path = self._path.with_name(self._path.name + TABLE_SUFFIX)
+            table_path = Path(f"{self._path}{TABLE_SUFFIX}")
             table = read_file(table_path, record.table_file_bytes)
         if crc32c(table, crc32c(header)) != record.crc32c:
             raise PackHeaderError(

@@ -1,5 +1,7 @@
 """Reads boxes of tensors from an object store: parallel ranged requests, verified block by block.
 
+The memory of keepers on other nodes is read in the same way.
+
 Beside the arrays that are filled, memory is needed for the windows under way only:
 ``(AT_ONCE + 2) * WINDOW_BLOCKS`` blocks, 32 MiB.
 """
@@ -31,7 +33,7 @@ from everstep.checkpoint.ranged_plan import (
     plan_windows,
 )
 from everstep.checkpoint.reshard import plan_load
-from everstep.checkpoint.store import Folder
+from everstep.checkpoint.store import PackFolder
 
 AT_ONCE = 6
 """Requests under way."""
@@ -52,7 +54,7 @@ class Request:
 class RangedReader:
     """Fills arrays with boxes of the tensors of one committed checkpoint."""
 
-    def __init__(self, folder: Folder, manifest: Manifest, *, threads: int = 1) -> None:
+    def __init__(self, folder: PackFolder, manifest: Manifest, *, threads: int = 1) -> None:
         self.folder, self.manifest, self._threads = folder, manifest, threads
         self.tables: dict[int, NDArray[np.uint32]] = {}
         """For each pack that was opened, the checksums of its blocks."""

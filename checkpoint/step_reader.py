@@ -1,6 +1,7 @@
 """Reads boxes of the tensors of one committed checkpoint out of its packs (no torch).
 
-Packs that are local files are mapped; those of an object store are fetched by ranges.
+Packs that are local files are mapped; those of an object store are fetched by ranges; those of
+a snapshot in memory are opened by whoever knows where they are.
 """
 
 import math
@@ -17,45 +18,50 @@ from everstep.checkpoint.direct_io import ByteArray
 from everstep.checkpoint.errors import CheckpointError
 from everstep.checkpoint.layout import Box
 from everstep.checkpoint.manifest import Manifest
-from everstep.checkpoint.pack import StridedBytes, dense_strides
+from everstep.checkpoint.pack import PackRecord, StridedBytes, dense_strides
 from everstep.checkpoint.pack_reader import PackReader
 from everstep.checkpoint.pack_walk import PackCopy
 from everstep.checkpoint.ranged_read import RangedReader, Request
-from everstep.checkpoint.store import Folder
+from everstep.checkpoint.store import PackFolder
 
 
 class StepReader:
     """Opens packs when they are first needed, and keeps them open; a context manager.
 
     Args:
-        step: the checkpoint: its local folder, or its folder in a store.
+        step: the checkpoint: its local folder, or where else its packs are.
         manifest: its manifest.
         threads: copy threads.
+        open_pack: opens packs that are neither files nor have to be fetched.
     """
 
-    def __init__(self, step: Path | Folder, manifest: Manifest, *, threads: int = 1) -> None:
+    def __init__(
+        self,
+        step: Path | PackFolder,
+        manifest: Manifest,
+        *,
+        threads: int = 1,
+        open_pack: Callable[[PackRecord], PackReader] | None = None,
+    ) -> None:
         self.manifest = manifest
         self._step = step
         self._threads = threads
+        self._open_pack = open_pack
         self._files = ExitStack()
         self._packs: dict[int, PackReader] = {}
         self._ranged: RangedReader | None = None
-        if isinstance(step, Folder) and step.store.local_path() is None:
+        if open_pack is None and not isinstance(step, Path) and step.path is None:
             self._ranged = RangedReader(step, manifest, threads=threads)
 
     @property
     def where(self) -> str:
         """Path or URL of the checkpoint, for people and messages."""
-        if isinstance(self._step, Path):
-            return str(self._step)
-        return self._step.store.describe(self._step.folder)
+        return str(self._step) if isinstance(self._step, Path) else self._step.where
 
     @property
     def step_path(self) -> Path:
         """Local folder of the checkpoint; raises CheckpointError where it has none."""
-        if isinstance(self._step, Path):
-            return self._step
-        path = self._step.store.local_path(self._step.folder)
+        path = self._step if isinstance(self._step, Path) else self._step.path
         if path is None:
             raise CheckpointError(
                 f"{self.where} is not a local folder: this needs one; copy the checkpoint to a "
@@ -65,7 +71,7 @@ class StepReader:
 
     @property
     def ranged(self) -> RangedReader | None:
-        """What reads from an object store; None where packs are local files."""
+        """What fetches packs by ranges; None where they are local files, or memory."""
         return self._ranged
 
     def fill(self, name: str, wanted: Box, target: StridedBytes) -> None:
@@ -154,7 +160,9 @@ class StepReader:
 
     def _pack(self, number: int) -> PackReader:
         if number not in self._packs:
-            record = self.manifest.packs[number]
-            reader = PackReader(self.step_path / record.file, record, threads=self._threads)
-            self._packs[number] = self._files.enter_context(reader)
+            opened = (self._open_pack or self._map_pack)(self.manifest.packs[number])
+            self._packs[number] = self._files.enter_context(opened)
         return self._packs[number]
+
+    def _map_pack(self, record: PackRecord) -> PackReader:
+        return PackReader(self.step_path / record.file, record, threads=self._threads)

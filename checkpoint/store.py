@@ -103,11 +103,47 @@ class Store(Protocol):
         ...
 
 
+class PackFolder(Protocol):
+    """Where the packs of one checkpoint are: a ``Folder``, or the memory of a snapshot."""
+
+    @property
+    def where(self) -> str:
+        """The path or URL of all of it, for people and messages."""
+        ...
+
+    @property
+    def path(self) -> Path | None:
+        """The local folder with the packs as files; None: there is none."""
+        ...
+
+    def describe(self, name: str) -> str:
+        """The path or URL of a pack, for people and messages."""
+        ...
+
+    def size(self, name: str) -> int | None:
+        """Size of a pack in bytes; None where there is none."""
+        ...
+
+    def read(self, name: str, offset: int, length: int) -> bytes | ByteArray:
+        """Bytes of a pack; fewer where it ends before, FileNotFoundError where there is none."""
+        ...
+
+
 class Folder:
     """A folder of a store, for reading."""
 
     def __init__(self, store: Store, folder: str) -> None:
         self.store, self.folder = store, check_key(folder)
+
+    @property
+    def where(self) -> str:
+        """The path or URL of the folder."""
+        return self.store.describe(self.folder)
+
+    @property
+    def path(self) -> Path | None:
+        """The folder as one of this host; None: it is not."""
+        return self.store.local_path(self.folder)
 
     def describe(self, name: str) -> str:
         """The path or URL of an object of the folder."""

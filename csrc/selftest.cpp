@@ -3,14 +3,19 @@
 #include <algorithm>
 #include <cstdio>
 #include <cstdlib>
+#include <memory>
+#include <optional>
 #include <random>
 #include <span>
 #include <stdexcept>
 #include <string>
+#include <thread>
 #include <vector>
 
 #include "box.h"
+#include "copier.h"
 #include "copy.h"
+#include "copy_plan.h"
 #include "crc32c.h"
 #include "dispatch.h"
 #include "kernels_arm.h"
@@ -256,6 +261,67 @@ void test_refusals() {
     require(false, "a box outside its buffer is refused");
 }
 
+// Boxes that are copied by a pool while others help, change the pace, and now and then cancel. The
+// sources are overwritten and freed as soon as the job says that it is over.
+void test_copier(everstep::Copier& copier, int round) {
+    std::vector<RandomBox> boxes;
+    std::vector<everstep::Piece> pieces;
+    std::vector<uint64_t> addresses;
+    Bytes expected;
+    for (int64_t left = random_between(0, 12); left > 0; --left) {
+        boxes.push_back(random_box(round % 8 == 0 && left == 1));
+        const RandomBox& box = boxes.back();
+        pieces.push_back({std::ssize(expected), box.shape, box.src_strides, box.item_bytes});
+        addresses.push_back(reinterpret_cast<uintptr_t>(box.src.data() + box.src_offset));
+        expected.insert(expected.end(), box.flat.begin(), box.flat.end());
+    }
+    const int64_t block_bytes = random_between(1, 1 + std::ssize(expected) / 5);
+    const auto plan =
+        std::make_shared<const everstep::CopyPlan>(pieces, std::ssize(expected), block_bytes);
+    Bytes dst(expected.size());
+    std::vector<uint32_t> crcs(static_cast<size_t>(plan->blocks()));
+    std::vector<uint32_t> expected_crcs(crcs.size());
+    everstep::crc32c_blocks(expected, block_bytes, expected_crcs, 1);
+
+    const bool paused = random_between(0, 3) == 0;
+    const bool cancelled = random_between(0, 3) == 0;
+    const auto job = copier.start(plan, addresses, dst, crcs,
+                                  paused ? std::optional<double>(0.0) : std::nullopt);
+    std::thread watcher([&job, paused, cancelled] {
+        while (paused && !cancelled && job->copied_bytes() == 0 && !job->done())
+            std::this_thread::yield();
+        job->set_rate(1e9);
+        if (cancelled) job->cancel();
+        job->wait(60.0);
+    });
+    std::thread helper([&job] {
+        try {
+            job->help();
+        } catch (const std::runtime_error&) {
+            require(job->cancelled(), "only a cancelled job cannot be helped");
+        }
+    });
+    if (cancelled) {
+        job->cancel();
+        for (RandomBox& box : boxes)
+            std::fill(box.src.begin(), box.src.end(), uint8_t{0});
+        const everstep::CopyStats stats = job->stats();
+        require(stats.help_bytes + stats.background_bytes == job->copied_bytes(),
+                "bytes of a cancelled job");
+    } else {
+        require(job->wait(600.0), "a job gets done");
+        for (RandomBox& box : boxes)
+            std::fill(box.src.begin(), box.src.end(), uint8_t{0});
+    }
+    if (job->done()) {
+        require(dst == expected, "bytes of the copier");
+        require(crcs == expected_crcs, "checksums of the copier");
+        require(job->copied_bytes() == std::ssize(expected), "number of bytes of the copier");
+    }
+    helper.join();
+    watcher.join();
+}
+
 }  // namespace
 
 int main() {
@@ -277,5 +343,11 @@ int main() {
     }
     test_refusals();
     std::printf("selftest: boxes: ok\n");
+    for (int round = 0; round < 200; round += 25) {
+        everstep::Copier copier(1 + round % 3, round % 20);
+        for (int job = round; job < round + 25; ++job)
+            test_copier(copier, job);
+    }
+    std::printf("selftest: copier: ok\n");
     return 0;
 }

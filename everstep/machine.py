@@ -18,6 +18,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from everstep.checkpoint.host_memory import cgroup_folders, parse_meminfo, text_of
+
 UNLIMITED = resource.RLIM_INFINITY
 
 
@@ -78,12 +80,12 @@ class Disk:
 
 def read_cpu() -> Cpu:
     """Name, cores, quota and instruction-set flags of the processors."""
-    text = _text(Path("/proc/cpuinfo"))
+    text = text_of(Path("/proc/cpuinfo"))
     affinity = getattr(os, "sched_getaffinity", None)
     return Cpu(
         name=parse_cpu_name(text) or platform.machine(),
         cores=len(affinity(0)) if affinity else os.cpu_count() or 1,
-        quota=min(filter(None, map(_cgroup_cores, _cgroup_folders("cpu"))), default=None),
+        quota=min(filter(None, map(_cgroup_cores, cgroup_folders("cpu"))), default=None),
         flags=parse_cpu_flags(text),
     )
 
@@ -102,9 +104,9 @@ def parse_cpu_flags(cpuinfo: str) -> frozenset[str]:
 
 def read_memory() -> Memory:
     """Memory of the host, the limit of the control group, and /dev/shm."""
-    sizes = parse_meminfo(_text(Path("/proc/meminfo")))
+    sizes = parse_meminfo(text_of(Path("/proc/meminfo")))
     total = sizes.get("MemTotal", 0)
-    limits = [limit for limit in map(_cgroup_bytes, _cgroup_folders("memory")) if limit is not None]
+    limits = [limit for limit in map(_cgroup_bytes, cgroup_folders("memory")) if limit is not None]
     limit = min(limits, default=total)
     try:
         shm = os.statvfs("/dev/shm")
@@ -117,12 +119,6 @@ def read_memory() -> Memory:
         shm_bytes=shm.f_blocks * shm.f_frsize if shm else None,
         shm_free_bytes=shm.f_bavail * shm.f_frsize if shm else None,
     )
-
-
-def parse_meminfo(text: str) -> dict[str, int]:
-    """/proc/meminfo as bytes."""
-    found = re.findall(r"^(\w+):\s+(\d+) kB$", text, re.MULTILINE)
-    return {name: int(kib) * 1024 for name, kib in found}
 
 
 def read_limits() -> Limits:
@@ -171,7 +167,7 @@ def read_gpus() -> tuple[Gpu, ...]:
         except (OSError, subprocess.SubprocessError):
             pass  # a broken driver: what /proc knows is still worth showing
     files = sorted(Path("/proc/driver/nvidia/gpus").glob("*/information"))
-    names = [re.search(r"^Model:\s*(.+)$", _text(file), re.MULTILINE) for file in files]
+    names = [re.search(r"^Model:\s*(.+)$", text_of(file), re.MULTILINE) for file in files]
     return tuple(Gpu(match[1].strip() if match else "NVIDIA GPU", None, None) for match in names)
 
 
@@ -195,7 +191,7 @@ def torch_cuda_build() -> str | None:
     """CUDA (or ROCm) version that the installed torch was built for, without importing it."""
     spec = importlib.util.find_spec("torch")
     for folder in (spec.submodule_search_locations or ()) if spec else ():
-        return parse_torch_build(_text(Path(folder) / "version.py"))
+        return parse_torch_build(text_of(Path(folder) / "version.py"))
     return None
 
 
@@ -216,7 +212,7 @@ def read_disk(directory: Path) -> Disk:
     writable, direct_io = _try_writing(there)
     return Disk(
         path=str(there),
-        kind=parse_mountinfo(_text(Path("/proc/self/mountinfo")), str(there.resolve())),
+        kind=parse_mountinfo(text_of(Path("/proc/self/mountinfo")), str(there.resolve())),
         free_bytes=space.f_bavail * space.f_frsize,
         writable=writable,
         direct_io=direct_io,
@@ -274,39 +270,18 @@ def _reason(error: OSError) -> str:
     return error.strerror or str(error)
 
 
-def _cgroup_folders(controller: str) -> list[Path]:
-    """Folders of this process's control group and those around it, for versions 1 and 2."""
-    root = Path("/sys/fs/cgroup")
-    folders = [root, root / controller]
-    for line in _text(Path("/proc/self/cgroup")).splitlines():
-        _, controllers, path = line.split(":", 2)
-        if controllers in ("", controller) or controller in controllers.split(","):
-            base = root / controller if controllers else root
-            inside = Path(path.lstrip("/"))
-            folders += [base / part for part in (inside, *inside.parents)]
-    return list(dict.fromkeys(folders))
-
-
 def _cgroup_bytes(folder: Path) -> int | None:
     for name in ("memory.max", "memory.limit_in_bytes"):
-        text = _text(folder / name).strip()
+        text = text_of(folder / name).strip()
         if text.isdigit():
             return int(text)
     return None
 
 
 def _cgroup_cores(folder: Path) -> float | None:
-    words = _text(folder / "cpu.max").split()
+    words = text_of(folder / "cpu.max").split()
     if len(words) == 2 and words[0].isdigit():
         return int(words[0]) / int(words[1])
-    quota = _text(folder / "cpu.cfs_quota_us").strip()
-    period = _text(folder / "cpu.cfs_period_us").strip()
+    quota = text_of(folder / "cpu.cfs_quota_us").strip()
+    period = text_of(folder / "cpu.cfs_period_us").strip()
     return int(quota) / int(period) if quota.isdigit() and period.isdigit() else None
-
-
-def _text(path: Path) -> str:
-    """Contents of a small system file; empty where it cannot be read."""
-    try:
-        return path.read_text(encoding="utf-8", errors="replace")
-    except OSError:
-        return ""

@@ -84,13 +84,15 @@ class CapturePlan:
                 strides.append(dense_strides(fragment.box.shape, fragment.spec.item_bytes))
                 self._staged[index] = self._stage(fragment, tensor)
         self._copies = CopyPlan(
-            np.array(pack.starts, np.int64),
+            pack.starts,
             [fragment.box.shape for fragment in pack.fragments],
             strides,
-            np.array([fragment.spec.item_bytes for fragment in pack.fragments], np.int64),
+            [fragment.spec.item_bytes for fragment in pack.fragments],
             data_bytes=pack.data_bytes,
             block_bytes=BLOCK_BYTES,
         )
+        self.probes = live.probes(pack.fragments)
+        """An optimizer and a tensor that it updates, for each that has one here."""
         sample = self._part(StepId(0, 0), 0, live.first.context)
         self.layout: SlotLayout = slot_layout(pack.size_bytes, len(encode_part(sample)))
 

@@ -6,6 +6,7 @@ returns; before the next update the caller helps with what is left (DataStates-L
 save, which is answered beside the update: all ranks capture a step, or none does (``tickets.py``).
 """
 
+import hashlib
 import os
 import queue
 import struct
@@ -183,7 +184,9 @@ class SnapshotEngine:
 
     # -- what the caller does -----------------------------------------------------------------
 
-    def began_from(self, step_id: StepId | None, *, memory: bool, lineage: Collection[StepId]) -> None:
+    def began_from(
+        self, step_id: StepId | None, *, memory: bool, lineage: Collection[StepId]
+    ) -> None:
         """What the run goes on from, before the first save.
 
         Args:
@@ -214,7 +217,8 @@ class SnapshotEngine:
         self._last_step = step
         if decision.action == "skip" or look is None:
             return self._skip(step, decision.reason or "its layout has changed just now")
-        handle = self._begin(step, look, durable is True or (decision.flush and durable is not False))
+        flush = durable is True or (decision.flush and durable is not False)
+        handle = self._begin(step, look, decision.all_sealed, flush)
         if not self._fences.proven:
             self._capture_at_once()
         self.report.save_s += time.perf_counter() - begun_s
@@ -320,10 +324,11 @@ class SnapshotEngine:
 
     def _post(self) -> None:
         """Post the ticket of the next save, beside whatever the caller does."""
-        if self._posted is not None or self._plan is None:
-            return
         future: Future[tuple[Ticket, list[int]]] = Future()
-        self._posted = future
+        with self._lock:  # hooks of optimizers inside of backward run on other threads
+            if self._posted is not None or self._plan is None:
+                return
+            self._posted = future
         step = self._last_step + self._stride
 
         def post() -> None:
@@ -337,7 +342,7 @@ class SnapshotEngine:
     def _wait_for_slot(self, step: int, deadline_s: float) -> None:
         while True:
             with self._lock:
-                needs, newest = rule.release_needs(self._slots), rule.newest_sealed(self._slots)
+                needs, newest = rule.capture_needs(self._slots), rule.newest_sealed(self._slots)
             if needs <= newest:
                 return
             if time.monotonic() > deadline_s:
@@ -354,7 +359,11 @@ class SnapshotEngine:
                 if slot.sealed and slot.step_id is not None and slot.step_id.step == step:
                     self._all_sealed = slot.step_id
         mine = self._all_sealed
-        if not self._others_freed and mine is not None and mine.generation == self._owner.generation:
+        if (
+            not self._others_freed
+            and mine is not None
+            and mine.generation == self._owner.generation
+        ):
             self._others_freed = True
             self._do(self._memory.free_others)
 
@@ -409,9 +418,8 @@ class SnapshotEngine:
         outcome = agree(self._collective, "reserved", reserve)
         if outcome.causes:
             raise SaveFailedError(step, outcome.causes) from outcome.error
-        digest = hash(tuple(sorted(layouts)))  # of text: different in each process
-        digest = int.from_bytes("".join(layouts).encode()[:7], "big")
-        self._layout = digest or 1
+        digest = hashlib.blake2b("".join(layouts).encode(), digest_size=8).digest()
+        self._layout = (int.from_bytes(digest, "little") >> 1) or 1
         return found[0].first
 
     def _found(self, memories: Collection[ByteArray]) -> rule.Slots:
@@ -432,14 +440,13 @@ class SnapshotEngine:
 
     # -- capturing ----------------------------------------------------------------------------
 
-    def _begin(self, step: int, look: Look, flush: bool) -> SaveHandle:
+    def _begin(self, step: int, look: Look, all_sealed: int, flush: bool) -> SaveHandle:
         plan = self._plan
         assert plan is not None
         assert self._owner.generation is not None
         if not self._tells_optimizer:
             look.context.pop("optimizer", None)
         step_id = StepId(self._owner.generation, step)
-        all_sealed = NOTHING if self._all_sealed is None else self._all_sealed.step
         with self._lock:
             index = rule.pick(self._slots, all_sealed)
             assert index is not None
@@ -458,7 +465,7 @@ class SnapshotEngine:
             )
         capture = plan.begin(self._copier, memory, look)
         current = _Current(index, step_id, capture, handle, flush)
-        self._probe(current)
+        current.probes = [(o, self._fences.count(o), f) for o, f in plan.probes]
         self._current = current
         self._do(lambda: self._complete(current))
         self.report.taken += 1
@@ -490,20 +497,6 @@ class SnapshotEngine:
                 RuntimeWarning,
                 stacklevel=5,
             )
-
-    def _probe(self, current: _Current) -> None:
-        """Note, for each optimizer, what a step past the fence would change."""
-        plan = self._plan
-        assert plan is not None
-        where = {
-            tensor.local.data_ptr(): fragment
-            for fragment, tensor in plan.live.fixed.items()
-            if plan.holds(fragment)
-        }
-        for optimizer in current.handle and self._fences.watched():
-            for fragment in plan.of_optimizer(optimizer, where):
-                current.probes.append((optimizer, self._fences.count(optimizer), fragment))
-                break
 
     def _check_fenced(self) -> None:
         """Raises StateError where an optimizer has changed tensors without calling its hooks."""
@@ -563,9 +556,7 @@ class SnapshotEngine:
             current.capture, current.step_id, owner_digest(self._owner.owner), self._owner.lineage()
         )
         with self._lock:
-            self._set(
-                current.index, SlotState(current.step_id, sealed=True, pinned=current.flush)
-            )
+            self._set(current.index, SlotState(current.step_id, sealed=True, pinned=current.flush))
             self.report.newest_sealed = current.step_id.step
         self._memory.sealed(current.index, self._all_sealed)
         if current.flush:

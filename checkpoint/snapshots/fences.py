@@ -20,6 +20,7 @@ class Fences:
         self._before_update = before_update
         self._hooks: dict[int, tuple[torch.optim.Optimizer, RemovableHandle]] = {}
         self._fired: dict[int, int] = {}
+        self._by_hand = 0
 
     def watch(self, optimizers: Iterable[torch.optim.Optimizer]) -> None:
         """Hook those that are not hooked yet; copies of an optimizer have lost their hooks.
@@ -38,17 +39,16 @@ class Fences:
 
     def passed(self) -> None:
         """The function was called by hand, for all."""
-        for key in self._fired:
-            self._fired[key] += 1
+        self._by_hand += 1
 
     @property
     def proven(self) -> bool:
-        """Whether every optimizer has been seen to call its hook."""
-        return bool(self._fired) and all(self._fired.values())
+        """Whether every optimizer has been seen to call its hook, or somebody calls it by hand."""
+        return self._by_hand > 0 or (bool(self._fired) and all(self._fired.values()))
 
     def count(self, optimizer: torch.optim.Optimizer) -> int:
-        """How often the hook of an optimizer was called."""
-        return self._fired.get(id(optimizer), 0)
+        """How often the hook of an optimizer was called, or the function by hand."""
+        return self._fired.get(id(optimizer), 0) + self._by_hand
 
     def close(self) -> None:
         """Take all hooks away; may be called twice."""

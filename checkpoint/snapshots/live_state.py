@@ -48,7 +48,7 @@ class LiveState:
     def __init__(self, state: State, place: Place, lazy_objects: Collection[str] = ()) -> None:
         _refuse_foreign_updates(state)
         self._place = place
-        self._objects = tuple(state.objects)
+        self._objects, self._optimizers = tuple(state.objects), state.optimizers
         self._lazy_prefixes = tuple(f"object.{name}." for name in lazy_objects)
         objects, of_objects = split_objects(state)
         self.fixed: dict[Fragment, LiveTensor] = held(tensors_of(state).values())
@@ -87,6 +87,23 @@ class LiveState:
             return tensor.local.data_ptr() in self._late
         return fragment.spec.name.startswith(self._lazy_prefixes) if self._lazy_prefixes else False
 
+    def probes(
+        self, fragments: Collection[Fragment]
+    ) -> list[tuple[torch.optim.Optimizer, Fragment]]:
+        """For each optimizer one of these fragments that it updates, if there is one."""
+        where = {
+            tensor.local.data_ptr(): fragment
+            for fragment in fragments
+            if fragment.size_bytes and (tensor := self.fixed.get(fragment)) is not None
+        }
+        found = []
+        for optimizer in self._optimizers:
+            updated = (p for group in optimizer.param_groups for p in group["params"])
+            of_it = (where.get(local_of(p).data_ptr()) for p in updated if p.requires_grad)
+            if (first := next((f for f in of_it if f is not None), None)) is not None:
+                found.append((optimizer, first))
+        return found
+
     def _optimizer(self, state: State) -> Mapping[str, Json]:
         if self._group_names is None:
             return optimizer_of(state)
@@ -110,8 +127,8 @@ def _names_if_only_groups(optimizer: Mapping[str, Any]) -> list[list[str]] | Non
 
 def _late_tensors(state: State) -> set[int]:
     """Addresses of the tensors that nothing but a step of an optimizer of the state changes."""
-    if not state.optimizers:
-        return set()
+    if not state.optimizers:  # then every save waits for its copies, unless told otherwise
+        return {local_of(parameter).data_ptr() for parameter in state.model.parameters()}
     updated = {
         id(parameter)
         for optimizer in state.optimizers

@@ -67,6 +67,16 @@ def release_needs(slots: Slots) -> int:
     return min((_successor(slots, slot) for slot in slots if not slot.pinned), default=NEVER)
 
 
+def capture_needs(slots: Slots) -> int:
+    """The oldest step that all ranks must have sealed before this rank may capture the next one.
+
+    What a slot needs (``release_needs``), and what is still being captured: one capture begins when
+    the one before is sealed on all ranks, so that a loss of processes costs one step at most.
+    """
+    under_way = [_step(slot) for slot in slots if slot.pinned and not slot.sealed]
+    return max([release_needs(slots), *under_way])
+
+
 def pick(slots: Slots, all_sealed: int) -> int | None:
     """Index of the slot to capture into; None if there is none.
 
@@ -75,7 +85,8 @@ def pick(slots: Slots, all_sealed: int) -> int | None:
         all_sealed: the newest step that all ranks have sealed, or ``NOTHING``.
 
     Free slots come first, then the oldest snapshot that may go. There is one if and only if
-    ``release_needs(slots) <= all_sealed``.
+    ``release_needs(slots) <= all_sealed``: whoever posts a ticket keeps to what it says, and pins
+    no further slot until the decision is carried out.
     """
     eligible = [
         (NOTHING if free else _step(slot), index)

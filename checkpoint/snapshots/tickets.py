@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Final, Literal
 
-from everstep.checkpoint.snapshots.slots import NEVER, NOTHING, Slots, newest_sealed, release_needs
+from everstep.checkpoint.snapshots.slots import NEVER, NOTHING, Slots, capture_needs, newest_sealed
 
 TICKET_NUMBERS: Final = 12
 """How many int64 a ticket takes."""
@@ -38,7 +38,7 @@ class Ticket:
     sealed: int
     """The newest step that this rank has sealed, or ``slots.NOTHING``."""
     needs: int
-    """``slots.release_needs`` of this rank."""
+    """``slots.capture_needs`` of this rank."""
     failed: int | None = None
     """The oldest step that this rank failed to capture, as long as it is not void."""
     durable: int = NOTHING
@@ -69,7 +69,7 @@ def ticket_of(slots: Slots, *, generation: int, step: int, layout: int | None) -
         step=step,
         layout=layout,
         sealed=newest_sealed(slots),
-        needs=release_needs(slots),
+        needs=capture_needs(slots),
     )
 
 
@@ -150,16 +150,18 @@ def decide(reduced: Sequence[int], mine: Ticket, *, durable_every: int | None = 
         )
     if not may_capture(needs, sealed):
         return Decision(action="skip", reason=_why_no_slot(needs), all_sealed=sealed)
-    due = reduced[11] < 0 or (durable_every is not None and step - durable >= durable_every)
+    due = reduced[11] < 0 or (
+        durable_every is not None and step // durable_every > max(durable, 0) // durable_every
+    )
     return Decision(action="capture", reason="", all_sealed=sealed, flush=due and bool(reduced[10]))
 
 
 def may_capture(needs: int, all_sealed: int) -> bool:
-    """Whether a rank with these needs has a slot to give.
+    """Whether a rank with these needs can capture.
 
-    For a save that must not be skipped: after a skip, a rank waits until its own ticket would say
-    yes (``may_capture(release_needs(slots), newest_sealed(slots))``: its captures have ended, and
-    a pin is gone), and posts again for the same step.
+    For a save that must not be skipped: after a skip, a rank waits until nothing of its own is in
+    the way (``may_capture(capture_needs(slots), newest_sealed(slots))``: its captures have ended,
+    and a pin is gone), and posts again for the same step.
     """
     return needs <= all_sealed
 
@@ -167,4 +169,4 @@ def may_capture(needs: int, all_sealed: int) -> bool:
 def _why_no_slot(needs: int) -> str:
     if needs == NEVER:
         return "every slot of some rank is still in use (copied to, flushed or read)"
-    return f"a slot becomes free when all ranks have sealed step {needs}, and some have not"
+    return f"some rank has not sealed step {needs} yet"

@@ -4,8 +4,7 @@ import os
 import re
 import shutil
 import signal
-from collections.abc import Callable, Iterator
-from multiprocessing import get_context
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,27 +15,9 @@ from everstep.checkpoint.checkpointer import Checkpointer
 from everstep.checkpoint.commit import CheckpointDirectory
 from everstep.checkpoint.torch_state import State
 from tests.support.checkpoints import bits, fresh_state, tiny_state, train_step
-from tests.support.spawn import PRELOAD
+from tests.support.kills import die_before, in_process, watch
 
 pytestmark = pytest.mark.chaos
-
-CHANGES = ("open", "write", "ftruncate", "fdatasync", "fsync", "link", "unlink", "mkdir", "rmdir")
-"""Calls that change files or make them durable."""
-
-
-def _watch(before: Callable[[str, tuple[Any, ...]], None]) -> None:
-    """Call ``before`` ahead of each change, in this process from now on."""
-
-    def watched(name: str, real: Callable[..., Any]) -> Callable[..., Any]:
-        def call(*args: Any, **kwargs: Any) -> Any:
-            if name != "open" or args[1] & os.O_CREAT:
-                before(name, args)
-            return real(*args, **kwargs)
-
-        return call
-
-    for name in CHANGES:
-        setattr(os, name, watched(name, getattr(os, name)))
 
 
 def _resume_and_save(root: Path, resume: int | None) -> Iterator[State]:
@@ -55,32 +36,9 @@ def _save_until(root: Path, resume: int | None, kill_at: int, log: Path) -> None
     """Runs in a process of its own; dies before change number ``kill_at``."""
     steps = _resume_and_save(root, resume)
     next(steps)
-    seen = 0
-
-    def before(name: str, args: tuple[Any, ...]) -> None:
-        nonlocal seen
-        if seen == kill_at:
-            os.kill(os.getpid(), signal.SIGKILL)
-        seen += 1
-        lines.append(f"{name} {args[0]}")
-
-    lines: list[str] = []
-    _watch(before)
+    lines = die_before(kill_at)
     next(steps)
     log.write_text("\n".join(lines))
-
-
-def _in_process(act: Callable[..., None], *args: Any) -> int | None:
-    """The exit code of a fresh process that calls ``act``; None when it does not end."""
-    context = get_context("forkserver")
-    context.set_forkserver_preload(PRELOAD)
-    process = context.Process(target=act, args=args, daemon=True)
-    process.start()
-    process.join(60)
-    code = process.exitcode
-    process.kill()
-    process.join()
-    return code
 
 
 @pytest.fixture
@@ -112,14 +70,14 @@ def test_killed_before_any_change(
     wanted[3] = _expected_step_3(root, tmp_path / "whole", resume)
     log = tmp_path / "log"
     shutil.copytree(root, tmp_path / "counted")
-    assert _in_process(_save_until, tmp_path / "counted", resume, -1, log) == 0
+    assert in_process(_save_until, tmp_path / "counted", resume, -1, log) == 0
     changes = log.read_text().split("\n")
     committed = next(i for i, c in enumerate(changes) if re.match(r"link .*/manifest\.json", c))
     found = []
     for kill_at in range(len(changes)):
         where = tmp_path / f"killed-{kill_at}"
         shutil.copytree(root, where)
-        code = _in_process(_save_until, where, resume, kill_at, log)
+        code = in_process(_save_until, where, resume, kill_at, log)
         assert code == -signal.SIGKILL, changes[kill_at]
         found.append(_look(where, wanted, changes[kill_at]))
         shutil.rmtree(where)
@@ -150,7 +108,7 @@ def _look(root: Path, wanted: dict[int, dict[str, bytes]], at: str) -> int:
 
 def test_everything_is_durable_before_the_manifest_appears(tmp_path: Path) -> None:
     log = tmp_path / "log"
-    assert _in_process(_note_what_a_power_cut_would_lose, tmp_path / "c", log) == 0
+    assert in_process(_note_what_a_power_cut_would_lose, tmp_path / "c", log) == 0
     generation, part, *index, manifest = log.read_text().split("\n")
     assert part.startswith("step-00000001-g00001/parts/00000.json: ")
     assert "bytes" not in part
@@ -186,6 +144,6 @@ def _note_what_a_power_cut_would_lose(root: Path, log: Path) -> None:
     state = tiny_state()
     with Checkpointer(root) as checkpointer:
         checkpointer.load(state)  # takes the lock, whose bytes need not last
-        _watch(before)
+        watch(before)
         checkpointer.save(1, state)
     log.write_text("\n".join(lines))

@@ -1,6 +1,6 @@
 """Committed checkpoints of arrays cut along any grid, without a model and without torch."""
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -98,16 +98,11 @@ def write_step(
     Which pack holds a cell is random; the packs with the numbers ``raw`` are of raw extents.
     Returns the directory of the step, and its manifest.
     """
-    held = _share_out(cuts, seed)
+    held = share_out(cuts, seed)
     directory = CheckpointDirectory(root)
     directory.create_generation(None, {"dp": len(held)})
     step_id = StepId(1, step)
     path = directory.begin_step(step_id)
-
-    def source_of(fragment: Fragment) -> StridedBytes:
-        cell = _cell(cuts, fragment)
-        strides = dense_strides(cell.shape, cell.itemsize)
-        return StridedBytes(cell.reshape(-1).view(np.uint8), 0, strides)
 
     for rank, fragments in enumerate(held):
         plan = plan_pack(rank, fragments)
@@ -115,10 +110,10 @@ def write_step(
             record, files = raw_pack(rank, fragments, lambda f: _cell(cuts, f).tobytes(), seed)
             for name, data in files.items():
                 (path / name).write_bytes(data)
-            directory.put_part(_part(rank, len(held), step, record, plan.fragments))
+            directory.put_part(part_of_rank(rank, len(held), step, record, plan.fragments))
             continue
-        record = write_pack(path / f"rank-{rank:05d}-ab.safetensors", plan, source_of)
-        directory.put_part(_part(rank, len(held), step, record, plan.fragments))
+        record = write_pack(path / f"rank-{rank:05d}-ab.safetensors", plan, source_in(cuts))
+        directory.put_part(part_of_rank(rank, len(held), step, record, plan.fragments))
     directory.commit(step_id, len(held))
     return path, directory.manifest(step_id)
 
@@ -162,13 +157,13 @@ def packed(
     """The same as ``write_step`` without any file: the manifest, and the bytes of each pack."""
     parts: list[Part] = []
     packs: dict[str, bytes] = {}
-    held = _share_out(cuts, seed)
+    held = share_out(cuts, seed)
     for rank, fragments in enumerate(held):
         plan = plan_pack(rank, fragments)
         if rank in raw:
             record, files = raw_pack(rank, fragments, lambda f: _cell(cuts, f).tobytes(), seed)
             packs |= files
-            parts.append(_part(rank, len(held), 1, record, plan.fragments))
+            parts.append(part_of_rank(rank, len(held), 1, record, plan.fragments))
             continue
         data = b"".join(_cell(cuts, f).tobytes() for f in plan.fragments)
         name = f"rank-{rank:05d}-ab.safetensors"
@@ -182,11 +177,11 @@ def packed(
             data_bytes=plan.data_bytes,
             crc32c=crc32c(table, crc32c(plan.header)),
         )
-        parts.append(_part(rank, len(held), 1, record, plan.fragments))
+        parts.append(part_of_rank(rank, len(held), 1, record, plan.fragments))
     return build_manifest(parts), packs
 
 
-def _share_out(cuts: Mapping[str, Cut], seed: int) -> list[list[Fragment]]:
+def share_out(cuts: Mapping[str, Cut], seed: int) -> list[list[Fragment]]:
     """For each pack the fragments that it is to hold."""
     rng = np.random.default_rng(seed)
     fragments = [cut.fragments(name) for name, cut in cuts.items()]
@@ -197,15 +192,27 @@ def _share_out(cuts: Mapping[str, Cut], seed: int) -> list[list[Fragment]]:
     return held
 
 
+def source_in(cuts: Mapping[str, Cut]) -> Callable[[Fragment], StridedBytes]:
+    """Where writers of packs find the bytes of a fragment."""
+
+    def source_of(fragment: Fragment) -> StridedBytes:
+        cell = _cell(cuts, fragment)
+        strides = dense_strides(cell.shape, cell.itemsize)
+        return StridedBytes(cell.reshape(-1).view(np.uint8), 0, strides)
+
+    return source_of
+
+
 def _cell(cuts: Mapping[str, Cut], fragment: Fragment) -> np.ndarray[Any, Any]:
     box, bits = fragment.box, cuts[fragment.spec.name].bits
     index = tuple(slice(o, o + n) for o, n in zip(box.offset, box.shape, strict=True))
     return np.array((bits.reshape(-1) if fragment.flat else bits)[index], order="C")
 
 
-def _part(
+def part_of_rank(
     rank: int, world_size: int, step: int, record: PackRecord, fragments: tuple[Fragment, ...]
 ) -> Part:
+    """The vote of a rank; rank 0 also tells the mesh."""
     context = {"mesh": {"dp": world_size}, "producer": {}, "objects": {}}
     return Part(
         generation=1,

@@ -32,11 +32,6 @@ def test_cpuinfo() -> None:
     assert machine.parse_cpu_flags("") == frozenset()
 
 
-def test_meminfo() -> None:
-    text = "MemTotal:       24684084 kB\nMemAvailable:   1024 kB\nHugePages_Total:       0\n"
-    assert machine.parse_meminfo(text) == {"MemTotal": 24684084 * 1024, "MemAvailable": 2**20}
-
-
 @pytest.mark.parametrize(
     ("path", "kind"),
     [

@@ -11,6 +11,7 @@ from everstep.checkpoint.snapshots.slots import (
     Slots,
     SlotState,
     adopt,
+    capture_needs,
     forget,
     newest_sealed,
     pick,
@@ -53,6 +54,14 @@ def _slot(word: str) -> SlotState:
 )
 def test_what_a_rank_waits_for(slots: str, needs: int) -> None:
     assert release_needs(_slots(slots)) == needs
+
+
+@pytest.mark.parametrize(
+    ("slots", "needs"),
+    [("- -", NOTHING), ("- 6c", 6), ("4 5 6c", 6), ("4 5", 5), ("4 5 -p", 5), ("4 6u", NOTHING)],
+)
+def test_a_capture_waits_for_the_one_before(slots: str, needs: int) -> None:
+    assert capture_needs(_slots(slots)) == needs
 
 
 @pytest.mark.parametrize(

@@ -59,7 +59,7 @@ def test_one_rank_without_a_slot_makes_all_skip() -> None:
 def test_one_rank_that_lags_makes_all_skip() -> None:
     decision = _decide(GOOD, _with(sealed=6, needs=NOTHING))
     assert (decision.action, decision.all_sealed) == ("skip", 6)
-    assert "sealed step 7" in decision.reason
+    assert "not sealed step 7 yet" in decision.reason
 
 
 def test_a_failed_capture_is_void_for_all_and_nothing_is_released() -> None:

@@ -1,0 +1,41 @@
+"""Which snapshots to make durable when nobody is left who could decide it (pure)."""
+
+from collections import defaultdict
+from collections.abc import Iterable
+from typing import TypeVar
+
+from everstep.checkpoint.lineage import StepId
+from everstep.checkpoint.snapshots.slot_format import Seal
+
+Held = TypeVar("Held")
+
+
+def worth_flushing(
+    held: Iterable[tuple[Held, Seal]], all_sealed: StepId | None
+) -> tuple[list[Held], str]:
+    """What is to be flushed of the sealed slots of a node, and why.
+
+    Where all ranks of a job are on this node: the newest snapshot that all of them have sealed.
+    Else all that this node has from ``all_sealed`` on: another node may know of a newer snapshot
+    that all have sealed than this one was told, and only what every node flushes is committed.
+
+    Args:
+        held: slots, and what they hold.
+        all_sealed: the newest snapshot of which this node knows that all ranks have sealed it.
+    """
+    snapshots: dict[tuple[bytes, int, StepId], dict[int, Held]] = defaultdict(dict)
+    for what, seal in held:
+        snapshots[seal.owner, seal.world_size, seal.step_id].setdefault(seal.rank, what)
+    whole = [key for key, ranks in snapshots.items() if len(ranks) == key[1]]
+    if whole:
+        newest = max(whole, key=lambda key: key[2])
+        return list(snapshots[newest].values()), f"step {newest[2].step} is whole on this node"
+    if all_sealed is None:
+        return [], "no snapshot is known to be sealed on all ranks"
+    chosen = [
+        what
+        for (_, _, step_id), ranks in snapshots.items()
+        if step_id >= all_sealed
+        for what in ranks.values()
+    ]
+    return chosen, f"all ranks had sealed step {all_sealed.step}, or a later one"
