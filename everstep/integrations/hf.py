@@ -52,9 +52,10 @@ def attach(trainer: Trainer, checkpointer: Checkpointer) -> None:
         )
         trainer.args.save_strategy = SaveStrategy.NO
     kind = type(trainer)
-    trainer._everstep = _Run(trainer, checkpointer)
-    trainer.__class__ = type(f"Resuming{kind.__name__}", (_ResumingTrainer, kind), {})
-    trainer.add_callback(_Moments(trainer._everstep))
+    run = _Run(trainer, checkpointer)
+    members = {"_everstep": run, "__module__": kind.__module__}
+    trainer.__class__ = type(f"Resuming{kind.__name__}", (_ResumingTrainer, kind), members)
+    trainer.add_callback(_Moments(run))
 
 
 def _reasons(trainer: Trainer) -> dict[str, str]:
@@ -87,10 +88,12 @@ class _Run:
         self._steps_saved = 0
         """All steps of the trainer before this one are saved or loaded; it counts from 1."""
         self._generators: dict[str, torch.Tensor] = {}
+        self._state: State | None = None
 
     def begin(self, folder: Path) -> bool:
         """Whether there is a step to continue from; leaves the trainer's counters in a folder."""
-        only_record = State(model=self._trainer.model, trainer=self.record)
+        self._state = None
+        only_record = State(model=self._model, trainer=self.record)
         self._steps_saved = self._checkpointer.load(only_record, include=["objects"])
         loaded = self._checkpointer.loaded
         if self._steps_saved == 0 or loaded is None:
@@ -100,7 +103,7 @@ class _Run:
 
     def load(self) -> None:
         """Load everything; the trainer has made and wrapped it all."""
-        self._checkpointer.load(self._state(), self._steps_saved - 1)
+        self._checkpointer.load(self._live(), self._steps_saved - 1)
         self.record.apply_schedule()
         self._generators = rng_states()
 
@@ -115,16 +118,25 @@ class _Run:
         """Save the newest step unless that was done."""
         done = self._trainer.state.global_step
         if done > self._steps_saved:
-            handle = self._checkpointer.save(done - 1, self._state(), durable=durable)
+            handle = self._checkpointer.save(done - 1, self._live(), durable=durable)
             self._steps_saved = done
             if durable:
                 handle.durable.result()
 
-    def _state(self) -> State:
-        optimizer = self._trainer.optimizer
-        if isinstance(optimizer, AcceleratedOptimizer):  # it has neither state nor hooks of its own
-            optimizer = optimizer.optimizer
-        return State(model=self._trainer.model_wrapped, optimizer=optimizer, trainer=self.record)
+    def _live(self) -> State:
+        """The state of the training that has begun."""
+        if self._state is None:
+            optimizer = self._trainer.optimizer
+            if isinstance(optimizer, AcceleratedOptimizer):  # has no state and hooks of its own
+                optimizer = optimizer.optimizer
+            self._state = State(model=self._model, optimizer=optimizer, trainer=self.record)
+        return self._state
+
+    @property
+    def _model(self) -> torch.nn.Module:
+        model = self._trainer.model_wrapped
+        assert isinstance(model, torch.nn.Module)
+        return model
 
 
 class _Moments(TrainerCallback):
@@ -148,21 +160,26 @@ class _ResumingTrainer(Trainer):
 
     _everstep: _Run
 
-    def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> Any:
+    def train(
+        self,
+        resume_from_checkpoint: str | bool | None = None,
+        trial: Any = None,
+        ignore_keys_for_eval: list[str] | None = None,
+    ) -> Any:
         """Continue after the newest step; as ``Trainer.train`` where there is none.
 
         Raises:
             StateError: a path to resume from is given, or a trial of a search.
             LoadFailedError: the newest step is damaged, or of something else.
         """
-        if isinstance(resume_from_checkpoint, str) or kwargs.get("trial") is not None:
+        if isinstance(resume_from_checkpoint, str) or trial is not None:
             raise StateError(
                 "train() with a path to resume from, or with a trial: the checkpointer that is "
                 "attached says where to continue; leave the argument out"
             )
         with tempfile.TemporaryDirectory(prefix="everstep-hf-") as folder:
             found = folder if self._everstep.begin(Path(folder)) else None
-            return super().train(resume_from_checkpoint=found, **kwargs)
+            return super().train(found, ignore_keys_for_eval=ignore_keys_for_eval)
 
     def get_train_dataloader(self) -> Any:
         """That of the trainer, with randomness that depends on the batch alone."""

@@ -35,10 +35,9 @@ class TrainerRecord:
         trainer = self._trainer
         state = trainer.state
         plain = {f.name: getattr(state, f.name) for f in fields(state) if f.name != "log_history"}
-        exported = [*trainer.callback_handler.callbacks, trainer.control]
-        plain["stateful_callbacks"] = TrainerState(
-            stateful_callbacks=[c for c in exported if isinstance(c, ExportableState)]
-        ).stateful_callbacks
+        callbacks: list[Any] = [*trainer.callback_handler.callbacks, trainer.control]
+        exported: list[Any] = [c for c in callbacks if isinstance(c, ExportableState)]
+        plain["stateful_callbacks"] = TrainerState(stateful_callbacks=exported).stateful_callbacks
         scheduler, scaler = trainer.lr_scheduler, trainer.accelerator.scaler
         return {
             "state": plain,
@@ -91,7 +90,7 @@ class TrainerRecord:
         # of another number of ranks: what they had on average
         mine = sums.to_local()[0] if isinstance(sums, DTensor) else sums.mean(0)
         trainer._tr_loss = mine[0].to(trainer._tr_loss)
-        trainer.current_flos = float(mine[1])
+        trainer.current_flos = int(mine[1])
         trainer._globalstep_last_logged = self._loaded["last_logged"]
 
     def _samples_per_step(self) -> int:
