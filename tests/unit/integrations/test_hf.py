@@ -63,6 +63,15 @@ class CrashAt(TrainerCallback):
             raise Crash
 
 
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """More than one only get into each other's way in a model of this size."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 def make_trainer(folder: Path, *, data: Any = None, crash_at: int = 0, **changes: Any) -> Trainer:
     torch.manual_seed(0)
     random.seed(0)
