@@ -1,52 +1,43 @@
 """The face of checkpointing: save and load a live torch state, in a local directory or a URL."""
 
-import contextlib
 import math
 import os
 import time
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping
 from types import TracebackType
 from typing import Any
-
-import torch
 
 from everstep.checkpoint.collective import (
     Collective,
     Outcome,
     SingleProcess,
-    agree,
     on_rank0,
 )
 from everstep.checkpoint.commit import CheckpointDirectory
 from everstep.checkpoint.durable_save import DurableSave
 from everstep.checkpoint.errors import (
+    IS_DAMAGED,
     CheckpointError,
     LoadFailedError,
     StepExistsError,
 )
 from everstep.checkpoint.lineage import StepId
+from everstep.checkpoint.loading import Loading
 from everstep.checkpoint.manifest import Manifest
 from everstep.checkpoint.ownership import Ownership
 from everstep.checkpoint.snapshots.arena import ArenaMemory
 from everstep.checkpoint.snapshots.engine import Interval, SnapshotEngine, SnapshotReport
 from everstep.checkpoint.snapshots.handle import SaveHandle, StepInfo, durable_handle
-from everstep.checkpoint.snapshots.memory import SlotMemory
+from everstep.checkpoint.snapshots.memory import OutlivingMemory, SlotMemory
+from everstep.checkpoint.snapshots.restore import Candidates
 from everstep.checkpoint.state_capture import Place
 from everstep.checkpoint.store import Store
 from everstep.checkpoint.stores import open_store
-from everstep.checkpoint.torch_layout import LiveTensor, live_tensor
 from everstep.checkpoint.torch_load import (
-    Selection,
-    fill_together,
-    prepare_load,
     selection,
-    tensors_to_fill,
 )
-from everstep.checkpoint.torch_rng import derive_rng, set_rng_states
 from everstep.checkpoint.torch_state import (
     State,
-    load_objects,
-    object_destinations,
 )
 
 
@@ -115,7 +106,10 @@ class Checkpointer:
         self._place = Place(self._collective.rank, self._mesh, place)
         self.loaded: StepInfo | None = None
         """What the last load took; None before one."""
-        self._owner = Ownership(self._directory, self._collective, self._mesh)
+        self._outliving = memory if isinstance(memory, OutlivingMemory) else None
+        self._owner = Ownership(
+            self._directory, self._collective, self._mesh, keeper=self._outliving
+        )
         self._newest_step = -1
         self._durable = DurableSave(
             self._directory, self._collective, self._owner, self._place, keep=keep, threads=threads
@@ -221,50 +215,41 @@ class Checkpointer:
         begun_s = time.monotonic()
         wanted = selection(include)
         if self._engine is not None:
-            self._engine.watch(state)
+            self._engine.prepare_load(state)
         if not self._read_only:
             self._owner.claim()
-
-        def find() -> tuple[StepId | None, list[int]]:
-            if not self._read_only:
-                self._owner.look()
-            lineage = self._directory.lineage()
-            return self._directory.find(step, lineage), [s.step for s in lineage]
-
-        found, steps = on_rank0(self._collective, "find", find)
-        if found is None:
-            return 0
-        step_id = StepId(*found)
-        stored: list[Manifest] = []
-        live: dict[str, LiveTensor] = {}
-
-        def prepare() -> str:
-            stored.append(self._directory.manifest(step_id))
-            found, marks = prepare_load(stored[0], state, wanted)
-            live.update(found)
-            return marks
-
-        with contextlib.ExitStack() as stack:
-            if self._collective.rank == 0:
-                stack.enter_context(self._directory.held(step_id))
-            done = agree(self._collective, "prepared", prepare)
-            if not done.causes:
-                done = self._read(step_id, stored[0], state, live, done.results, wanted, on_bytes)
-        if done.causes:
-            others = [s for s in steps if s != step_id.step]
-            raise LoadFailedError(step_id.step, done.causes, others) from done.error
+            on_rank0(self._collective, "look", self._owner.look)
+        loading = Loading(self._collective, self._place, seed=self._seed, threads=self._threads)
+        with Candidates(self._directory, self._collective, self._outliving, step) as found:
+            done: Outcome | None = None
+            for choice in found.choices:
+                with found.open(choice) as source:
+                    done = loading.load(choice.step_id, source, state, wanted, on_bytes)
+                    where = source.where
+                if not any(IS_DAMAGED in cause for cause in done.causes.values()):
+                    break
+                if choice.tier == "durable":
+                    break  # damage on disk is for people to look at
+            if done is None:
+                return 0
+            step_id = choice.step_id
+            if done.causes:
+                others = [s for s in found.durable_steps if s != step_id.step]
+                raise LoadFailedError(step_id.step, done.causes, others) from done.error
         size_bytes, rng_restored = done.results[self._collective.rank]
         self._owner.continue_from(step_id)
         if self._engine is not None:
-            self._engine.began_from(step_id, memory=False, lineage=())
+            in_memory = choice.tier == "memory"
+            self._engine.began_from(step_id, memory=in_memory, lineage=found.lineage)
         self._newest_step = step_id.step
         self.loaded = StepInfo(
             step=step_id.step,
             generation=step_id.generation,
-            path=self._directory.describe(step_id),
+            path=where,
             size_bytes=size_bytes,
             duration_s=time.monotonic() - begun_s,
             rng_restored=rng_restored,
+            why=choice.why,
         )
         return step_id.step + 1
 
@@ -308,45 +293,6 @@ class Checkpointer:
                 f"step {step} cannot be saved after step {self._newest_step}: steps ascend from 0; "
                 "load() an earlier step to continue from there"
             )
-
-    def _read(
-        self,
-        step_id: StepId,
-        manifest: Manifest,
-        state: State,
-        live: Mapping[str, LiveTensor],
-        marks: Sequence[str],
-        wanted: Selection,
-        on_bytes: Callable[[int], None] | None,
-    ) -> Outcome:
-        """Each rank's result: the size of the checkpoint, whether its generators were restored."""
-        rng: dict[str, LiveTensor] = {}
-        fresh: dict[str, torch.Tensor] = {}
-        where = self._directory.describe(step_id)
-        mine, objects = wanted.state(state), wanted.objects(manifest)
-
-        def tensors() -> list[LiveTensor]:
-            specs = {n: t.spec for n, t in manifest.tensors.items()}
-            generators = self._place.rng() if "rng" in wanted.kinds else {}
-            if dict(manifest.mesh) == self._mesh and all(
-                t.fragment.spec == specs.get(t.fragment.spec.name) for t in generators.values()
-            ):
-                rng.update(generators)
-            fresh.update(object_destinations(mine, objects, specs, where))
-            found = tensors_to_fill(live, manifest, wanted=wanted, marks=marks, where=where)
-            of_objects = [live_tensor(name, tensor) for name, tensor in fresh.items()]
-            return [*found, *of_objects, *rng.values()]
-
-        def finish() -> tuple[int, bool]:
-            load_objects(mine, objects, where, fresh)
-            if rng:
-                set_rng_states({name: t.local for name, t in rng.items()})
-            elif "rng" in wanted.kinds:
-                derive_rng(self._seed, step_id.step, self._place.name)
-            return manifest.size_bytes, bool(rng)
-
-        with self._directory.reader(step_id, manifest, threads=self._threads) as reader:
-            return fill_together(self._collective, reader, tensors, finish, on_bytes)
 
     def __enter__(self) -> "Checkpointer":
         return self

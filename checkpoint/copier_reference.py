@@ -49,7 +49,7 @@ def _source(
     lowest = sum(min(reach, 0) for reach in reaches)
     highest = sum(max(reach, 0) for reach in reaches) + item_bytes
     memory = (ctypes.c_uint8 * (highest - lowest)).from_address(address + lowest)
-    buffer = np.frombuffer(memory, np.uint8)
+    buffer = np.ctypeslib.as_array(memory)
     return box_view(buffer, -lowest, strides_bytes, shape, item_bytes).flatten()
 
 

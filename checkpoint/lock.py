@@ -39,6 +39,17 @@ class DirectoryLock:
         except OSError:
             os.close(self._fd)
             raise
+        self._sign()
+
+    @classmethod
+    def taken_over(cls, directory: Path, fd: int) -> "DirectoryLock":
+        """The lock that a descriptor holds already; it is this object's from now on."""
+        lock = cls.__new__(cls)
+        lock._directory, lock._fd = directory, fd
+        lock._sign()
+        return lock
+
+    def _sign(self) -> None:
         mine = {"pid": os.getpid(), "host": socket.gethostname(), "since_s": time.time()}
         os.ftruncate(self._fd, 0)
         os.pwrite(self._fd, json.dumps(mine).encode(), 0)

@@ -10,6 +10,7 @@ from everstep.checkpoint.commit import CheckpointDirectory
 from everstep.checkpoint.errors import CheckpointError, SaveFailedError
 from everstep.checkpoint.lineage import StepId
 from everstep.checkpoint.lock import DirectoryLock
+from everstep.checkpoint.snapshots.memory import OutlivingMemory
 
 
 class Ownership:
@@ -23,12 +24,19 @@ class Ownership:
         directory: the directory.
         collective: the ranks of this job.
         mesh: of this job, for the record of its generation.
+        keeper: of this rank, if there is one: it holds the lock, too, since it may still write when
+            this job's trainers have died, and it gives it to those that take their place.
     """
 
     def __init__(
-        self, directory: CheckpointDirectory, collective: Collective, mesh: Mapping[str, int]
+        self,
+        directory: CheckpointDirectory,
+        collective: Collective,
+        mesh: Mapping[str, int],
+        keeper: OutlivingMemory | None = None,
     ) -> None:
         self._directory, self._collective, self._mesh = directory, collective, mesh
+        self._keeper = keeper
         self._lock: DirectoryLock | None = None
         self._claimed = False
         self._seen: int | None = None
@@ -92,15 +100,25 @@ class Ownership:
     def _claim(self) -> None:
         try:
             if self._directory.has_lock:
-                self._lock = DirectoryLock(self._directory.root)
+                self._lock = self._take_lock()
             self.look()
             self._directory.check_writable()
-            self._directory.collect_garbage()
+            spare = self._keeper.flushing() if self._keeper is not None else ()
+            self._directory.collect_garbage(spare=spare)
         except OSError as e:
             self.release()
             raise CheckpointError(
                 f"checkpoints cannot be kept in {self._directory.describe()}: {describe(e)}"
             ) from e
+
+    def _take_lock(self) -> DirectoryLock:
+        root, keeper = self._directory.root, self._keeper
+        if keeper is None:
+            return DirectoryLock(root)
+        borrowed = keeper.borrowed_lock(str(root))
+        lock = DirectoryLock(root) if borrowed is None else DirectoryLock.taken_over(root, borrowed)
+        keeper.lend_lock(str(root), lock.fileno())
+        return lock
 
     def _begin(self) -> tuple[int, str] | None:
         if self._collective.rank != 0:

@@ -11,6 +11,7 @@ from everstep.checkpoint.errors import EverstepError
 from everstep.cli_ckpt_convert import ckpt_app
 from everstep.cli_data import data_app
 from everstep.cli_jobs import register as register_job_commands
+from everstep.cli_keeper import keeper_app
 from everstep.cli_options import ConfigArgument, Nproc, Overrides, Resume
 from everstep.launch import Launcher
 from everstep.trainer.errors import ConfigError
@@ -36,6 +37,7 @@ config_app = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="Look
 app.add_typer(config_app, name="config")
 app.add_typer(data_app, name="data")
 app.add_typer(ckpt_app, name="ckpt")
+app.add_typer(keeper_app, name="keeper")
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -2,7 +2,9 @@
 
 import contextlib
 import os
+import socket
 import threading
+import weakref
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, wait
 from dataclasses import dataclass, field
@@ -22,6 +24,7 @@ from everstep.checkpoint.snapshots.slot_format import Seal, part_of, read_seal
 
 _SLOWEST_PREFAULT_BYTES_PER_S = 2**28
 _OOM_SCORE_ADJ = Path("/proc/self/oom_score_adj")
+_OPEN: "weakref.WeakSet[KeeperMemory]" = weakref.WeakSet()
 
 
 @dataclass(eq=False, kw_only=True)
@@ -94,11 +97,12 @@ class KeeperMemory:
         self._flushes: set[Future[Flushed]] = set()
         self._closed = False
         self._link = Link(self._place, self._greet, timeout_s)
+        _OPEN.add(self)
 
     # SlotMemory
 
     def reserve(self, slot_bytes: int, slots: int) -> Sequence[ByteArray]:
-        """See ``SlotMemory.reserve``: slots that the keeper still reads are given, too (``pinned``).
+        """See ``SlotMemory.reserve``; ``pinned`` tells which of them the keeper still reads.
 
         Raises:
             SlotMemoryError: the keeper's budget, or the host, has no room for them.
@@ -169,6 +173,11 @@ class KeeperMemory:
             self._sets, self._current, self._locks = [], None, {}
 
     # More than a SlotMemory
+
+    @property
+    def name(self) -> str:
+        """Which keeper it is: host, place and job."""
+        return f"{socket.gethostname()}:{self._place.path}"
 
     def pinned(self) -> set[int]:
         """Reserved slots that are being flushed or read: they are not to be captured into now."""
@@ -281,6 +290,16 @@ class KeeperMemory:
         if order is not None:
             ask({"do": "orphan_order", "order": order.as_json()}, [])
 
+    def _forget(self) -> None:
+        """In a child that was forked, which may live longer than its parent: keep nothing alive."""
+        self._lock = threading.Lock()  # a thread that is not here may hold the other one
+        self._closed = True
+        self._link.forget()
+        for mapped in self._sets:
+            close_all(mapped.fds)
+        close_all(self._locks.values())
+        self._sets, self._current, self._locks = [], None, {}
+
     def _flushed(self, asked: "Future[Reply]", future: "Future[Flushed]") -> None:
         try:
             coded = asked.result().result
@@ -323,6 +342,14 @@ class KeeperMemory:
             self._pins.remove(pin)
         with contextlib.suppress(EverstepError):
             self._link.submit("release", pin=pin.number)
+
+
+def _forget_in_child() -> None:
+    for memory in list(_OPEN):
+        memory._forget()
+
+
+os.register_at_fork(after_in_child=_forget_in_child)
 
 
 def prefer_dying(score: int = 500) -> int:

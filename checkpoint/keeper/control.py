@@ -138,7 +138,9 @@ def stop(
     return answer is not None
 
 
-def status(job: str, *, place: Path | None = None, timeout_s: float = 10.0) -> dict[str, Any] | None:
+def status(
+    job: str, *, place: Path | None = None, timeout_s: float = 10.0
+) -> dict[str, Any] | None:
     """How the keeper of a job is; None where there is none.
 
     Raises:

@@ -1,7 +1,7 @@
 """What a keeper leaves with its supervisor, so that the next one goes on where it was killed."""
 
 import contextlib
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from everstep.checkpoint.keeper.wire import Channel, WireError

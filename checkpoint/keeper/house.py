@@ -95,13 +95,14 @@ class House:
         Raises:
             ValueError: they are not what the shape says; the descriptors are closed.
         """
-        if self.table.add(shape, fds):
-            found = next(s for s in self.table.sets() if s.shape.set_id == shape.set_id)
+        is_new = self.table.add(shape, fds)
+        found = next(s for s in self.table.sets() if s.shape.set_id == shape.set_id)
+        if is_new:
             self._deputy.hold(f"set/{shape.set_id}", shape.as_json(), found.fds)
             sealed = sum(slot.seal() is not None for slot in found.slots)
-            self._log(f"adopted {shape.slots} slots of rank {shape.rank}, {sealed} of them sealed")
+            self._log(f"rank {shape.rank}: {shape.slots} more slots, {sealed} of them sealed")
         if current:
-            self.use(next(s for s in self.table.sets() if s.shape.set_id == shape.set_id))
+            self.use(found)
 
     def use(self, found: SlotSet) -> None:
         """A rank has reserved this one."""
@@ -259,6 +260,7 @@ class House:
                 continue
             shape = SetShape.from_json(meta)
             self.table.add(shape, fds)
+            self._log(f"rank {shape.rank}: {shape.slots} slots of the keeper before this one")
             if self._deputy.notes.get(f"current/{shape.rank}") == shape.set_id:
                 self.table.use(shape.set_id)
 

@@ -5,7 +5,6 @@ import os
 import select
 import threading
 import time
-import weakref
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from concurrent.futures import TimeoutError as FutureTimeoutError
@@ -20,7 +19,6 @@ Ask = Callable[[Mapping[str, Any], Sequence[int]], dict[str, Any]]
 """One request while a connection is being made; gives the result."""
 _FIRST_PAUSE_S = 0.01
 _LONGEST_PAUSE_S = 0.5
-_LINKS: "weakref.WeakSet[Link]" = weakref.WeakSet()
 
 
 class Reply:
@@ -64,7 +62,6 @@ class Link:
         self._channel: Channel | None = self._connect()
         self._reader = threading.Thread(target=self._run, name="keeper-link", daemon=True)
         self._reader.start()
-        _LINKS.add(self)
 
     def submit(self, do: str, fds: Sequence[int] = (), **facts: Any) -> "Future[Reply]":
         """Ask for something; the caller keeps its descriptors. Does not wait for the answer."""
@@ -181,9 +178,7 @@ class Link:
             raise
         return channel
 
-    def _ask(
-        self, channel: Channel, body: Mapping[str, Any], fds: Sequence[int]
-    ) -> dict[str, Any]:
+    def _ask(self, channel: Channel, body: Mapping[str, Any], fds: Sequence[int]) -> dict[str, Any]:
         deadline_s = time.monotonic() + self._timeout_s
         channel.send({"id": 0, **body}, fds)
         poll = select.poll()
@@ -221,18 +216,12 @@ class Link:
             f"'everstep keeper start --job {job} --place {place.root}'"
         )
 
-    def _forget(self) -> None:
+    def forget(self) -> None:
         """In a child that was forked: the connection, and what is asked, are its parent's."""
+        self._lock = threading.Lock()  # a thread that is not here may hold the other one
         self._closing.set()
         if self._channel is not None:
             self._channel.close()
+        for each in self._pending.values():
+            close_all(each.fds)
         self._pending.clear()
-        self._lock = threading.Lock()
-
-
-def _forget_in_child() -> None:
-    for link in list(_LINKS):
-        link._forget()
-
-
-os.register_at_fork(after_in_child=_forget_in_child)

@@ -156,8 +156,8 @@ class RemoteSlots:
             link.send(encode_request(request), deadline_s=self._by())
             answer = take(link)
         except BaseException as error:
-            if isinstance(error, RefusedError):  # the answer ended with it
-                self._keep(link)
+            if isinstance(error, RefusedError) and error.gone:
+                self._keep(link)  # the answer ended with it
             else:
                 link.close()
             raise self._explained(error, asked) from None

@@ -13,7 +13,7 @@ from everstep.checkpoint.keeper.carried import encode_error
 from everstep.checkpoint.keeper.flushes import Outcome
 from everstep.checkpoint.keeper.house import House
 from everstep.checkpoint.keeper.slots import SetShape, Slot, SlotSet
-from everstep.checkpoint.keeper.wire import Channel, Frame, close_all
+from everstep.checkpoint.keeper.wire import Channel, Frame, WireError, close_all
 from everstep.checkpoint.lineage import StepId
 from everstep.checkpoint.snapshots.memory import FlushOrder
 
@@ -57,20 +57,19 @@ class Answer:
         self._send({"id": self._number, "error": encode_error(error)}, [])
 
     def _send(self, body: dict[str, Any], fds: list[int]) -> None:
-        if not self._client.closed:
+        if self._client.closed:
+            return
+        try:
             self._client.channel.send(body, fds)
+        except (OSError, WireError):
+            self._client.channel.shut_down()  # the loop notices
 
 
 Request = Callable[[House, Client, dict[str, Any], list[int], Answer], None]
 
 
 def serve(house: House, client: Client, frame: Frame) -> None:
-    """Do what a client asks; bad requests are answered with an error.
-
-    Raises:
-        OSError: the client is gone.
-        WireError: it does not read its answers.
-    """
+    """Do what a client asks; bad requests are answered with an error."""
     number = frame.body.get("id")
     answer = Answer(client, number if type(number) is int else -1)
     name = str(frame.body.get("do"))[:40]
@@ -125,9 +124,7 @@ def _reserve(h: House, c: Client, body: dict[str, Any], fds: list[int], to: Answ
     h.reserve(_rank(c), slot_bytes, slots, made)
 
 
-def _free_others(
-    h: House, c: Client, body: dict[str, Any], fds: list[int], to: Answer
-) -> None:
+def _free_others(h: House, c: Client, body: dict[str, Any], fds: list[int], to: Answer) -> None:
     h.table.free_others(_rank(c))
     h.free_surpassed()
     to()
@@ -170,17 +167,13 @@ def _lend_lock(h: House, c: Client, body: dict[str, Any], fds: list[int], to: An
     to()
 
 
-def _borrow_lock(
-    h: House, c: Client, body: dict[str, Any], fds: list[int], to: Answer
-) -> None:
+def _borrow_lock(h: House, c: Client, body: dict[str, Any], fds: list[int], to: Answer) -> None:
     _rank(c)
     found = h.lock_of(text(body["directory"]))
     to(fds=[] if found is None else [found])
 
 
-def _orphan_order(
-    h: House, c: Client, body: dict[str, Any], fds: list[int], to: Answer
-) -> None:
+def _orphan_order(h: House, c: Client, body: dict[str, Any], fds: list[int], to: Answer) -> None:
     h.set_orphan_order(_rank(c), FlushOrder.from_json(mapping(body["order"])))
     to()
 
@@ -204,8 +197,7 @@ def _holdings(h: House, c: Client, body: dict[str, Any], fds: list[int], to: Ans
     ][:_HOLDINGS_AT_ONCE]
     opened: list[int] = []
     try:
-        for slot in found:
-            opened.append(segments.read_only(slot.fd))
+        opened.extend(segments.read_only(slot.fd) for slot in found)
         told = [_pin(h, c, slot) for slot in found]
         to({"slots": told, "more": len(found) == _HOLDINGS_AT_ONCE}, opened)
     finally:

@@ -6,8 +6,11 @@ import selectors
 import socket
 import time
 from collections import deque
-from collections.abc import Callable
-from typing import Any, Protocol
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future
+from concurrent.futures import TimeoutError as FutureTimeoutError
+from contextlib import AbstractContextManager
+from typing import Protocol, TypeVar
 
 from everstep.checkpoint.direct_io import ByteArray
 from everstep.checkpoint.errors import KeeperError
@@ -16,9 +19,12 @@ from everstep.checkpoint.keeper.flushes import FlushSlot
 from everstep.checkpoint.keeper.house import House
 from everstep.checkpoint.keeper.place import peer_of
 from everstep.checkpoint.keeper.requests import Answer, Client, serve
+from everstep.checkpoint.keeper.slots import Slot
 from everstep.checkpoint.keeper.wire import Channel, Frame, WireError
 from everstep.checkpoint.lineage import StepId
 
+T = TypeVar("T")
+_LOOP_LIMIT_S = 10.0
 RETURN_S = 5.0
 """How long trainers of a keeper that was killed have to connect to the next one."""
 FAREWELL_S = 30.0
@@ -38,10 +44,13 @@ class DataPlane(Protocol):
         ...
 
 
-ReadSlot = Callable[[int, StepId], ByteArray | None]
-"""(rank, snapshot) -> the bytes of the slot that holds it, None if there is none; thread-safe."""
-DataPlaneFactory = Callable[[ReadSlot, bytes, str | None], DataPlane]
-"""(read, token, network interface) -> a data plane."""
+ReadSlot = Callable[[int, StepId], AbstractContextManager[ByteArray]]
+"""(rank, snapshot) -> a context with the bytes of the slot that holds it, which is not freed
+meanwhile; entering it raises KeeperError where there is none. For any thread but the loop's."""
+SealedSlots = Callable[[], list[tuple[int, StepId]]]
+"""Rank and snapshot of all slots that are sealed. For any thread but the loop's."""
+DataPlaneFactory = Callable[[ReadSlot, SealedSlots, bytes, str | None], DataPlane]
+"""(read, list, token, network interface) -> a data plane."""
 
 
 class Keeper:
@@ -96,7 +105,9 @@ class Keeper:
         self._signalled = False
         self._data_plane: DataPlane | None = None
         if data_plane_factory is not None:
-            self._data_plane = data_plane_factory(self._read_slot, token, interface)
+            self._data_plane = data_plane_factory(
+                self._read_slot, self._sealed_slots, token, interface
+            )
             self._house.address = self._data_plane.address
 
     def run(self) -> None:
@@ -172,7 +183,7 @@ class Keeper:
             if events & selectors.EVENT_READ:
                 frames = client.channel.receive()
             for frame in frames:
-                if client.closed:
+                if client not in self._clients:  # dropped by what it has asked for
                     frame.close()
                 elif frame.body.get("do") == "hello":
                     self._greet(client, frame)
@@ -242,13 +253,44 @@ class Keeper:
         self._deputy.note("trainers", sorted(trainers))
         self._deputy.note("orphaned", self._orphaned)
 
-    def _read_slot(self, rank: int, step_id: StepId) -> ByteArray | None:
-        for slot in self._house.table.slots():
-            with contextlib.suppress(AttributeError):  # freed just now
-                memory, seal = slot.memory, slot.seal()
+    # For the threads of the data plane
+
+    @contextlib.contextmanager
+    def _read_slot(self, rank: int, step_id: StepId) -> Iterator[ByteArray]:
+        table = self._house.table
+
+        def find() -> Slot | None:
+            for slot in table.slots():
+                seal = slot.seal()
                 if seal is not None and (seal.rank, seal.step_id) == (rank, step_id):
-                    return memory
-        return None
+                    table.pin(slot)
+                    return slot
+            return None
+
+        found = self._in_loop(find)
+        if found is None:
+            raise KeeperError(
+                f"step {step_id.step} of rank {rank} is not in this keeper's memory (any more): "
+                "choose another snapshot"
+            )
+        try:
+            yield found.memory
+        finally:
+            self._post(lambda: table.unpin(found))
+
+    def _sealed_slots(self) -> list[tuple[int, StepId]]:
+        slots = self._house.table.slots
+        return self._in_loop(
+            lambda: [(s.rank, s.step_id) for slot in slots() if (s := slot.seal()) is not None]
+        )
+
+    def _in_loop(self, action: Callable[[], T]) -> T:
+        future: Future[T] = Future()
+        self._post(lambda: future.set_result(action()))
+        try:
+            return future.result(_LOOP_LIMIT_S)
+        except FutureTimeoutError:
+            raise KeeperError("the keeper is ending: ask another one") from None
 
     # The supervisor
 
@@ -268,13 +310,22 @@ class Keeper:
         except (EOFError, OSError, WireError):
             self._selector.unregister(channel)
         self._log("the supervisor is gone: starting another one")
-        self._deputy.change(self._new_supervisor(), self._house.holds())
+        try:
+            successor = self._new_supervisor()
+        except OSError as error:
+            self._log(f"there is none: {error}")
+            successor = None
+        self._deputy.change(successor, self._house.holds())
         self._watch_supervisor()
 
     # Life
 
     def _patience_s(self) -> float:
-        return 0.5 if self._expected or self._ending_since_s is not None else 2.0
+        """Until it is to be looked whether something is due, without any event."""
+        if self._expected or self._ending_since_s is not None:
+            return 0.5
+        left_s = self._linger_s - (time.monotonic() - self._alone_since_s)
+        return min(2.0, max(0.05, left_s))
 
     def _is_over(self) -> bool:
         """Do what is due when nobody else is there to do it; True when nothing is left to do."""

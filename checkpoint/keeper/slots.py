@@ -1,4 +1,4 @@
-"""Which slots a keeper has: whose they are, who needs them, what may be freed. Does no I/O but maps.
+"""Which slots a keeper has: whose they are, who needs them, and what may be freed.
 
 A *set* is what one rank has reserved at once: slots of one size. Sets are adopted and freed whole.
 """
@@ -236,7 +236,9 @@ class SlotTable:
             alive: ranks whose processes are connected.
             all_sealed: the newest snapshot that all ranks have sealed; None: frees nothing.
         """
-        for each in self._sets.values() if all_sealed is not None else ():
+        if all_sealed is None:
+            return
+        for each in self._sets.values():
             seals = [slot.seal() for slot in each.slots]
             old = all(seal is None or seal.step_id < all_sealed for seal in seals)
             if each.shape.rank not in alive and old:

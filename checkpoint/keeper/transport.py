@@ -105,17 +105,18 @@ class DataPlane:
 
     def close(self) -> None:
         """Stop listening and end all connections; may be called twice."""
+        deadline_s = _after(_CLOSE_S)
         self._closing.set()
         with contextlib.suppress(OSError):
             self._listener.shutdown(socket.SHUT_RDWR)  # wakes accept()
-        self._acceptor.join(_CLOSE_S)
+        self._acceptor.join(_left(deadline_s))
         self._listener.close()
         with self._guard:
             threads = list(self._threads)
             for link in (*self._strangers, *self._readers):
                 link.interrupt()
         for thread in threads:
-            thread.join(_CLOSE_S)
+            thread.join(_left(deadline_s))
 
     def __enter__(self) -> "DataPlane":
         return self
@@ -160,7 +161,10 @@ class DataPlane:
                     if not full:
                         self._strangers.pop(link, None)
                         self._readers.add(link)
-                self._turn_away(link) if full else self._converse(link)
+                if full:
+                    self._turn_away(link)
+                else:
+                    self._converse(link)
         except (OSError, WireError):
             pass  # it left, is too slow, or sends garbage: that it is closed says so to the peer
         finally:
@@ -242,3 +246,7 @@ def _listen(host: str, port: int) -> socket.socket:
 
 def _after(duration_s: float) -> float:
     return time.monotonic() + duration_s
+
+
+def _left(deadline_s: float) -> float:
+    return max(0.0, deadline_s - time.monotonic())

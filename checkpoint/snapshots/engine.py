@@ -15,7 +15,7 @@ import time
 import warnings
 from collections.abc import Callable, Collection, Mapping
 from concurrent.futures import Future
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
@@ -47,7 +47,12 @@ from everstep.checkpoint.snapshots.handle import (
     skipped_handle,
 )
 from everstep.checkpoint.snapshots.live_state import LiveState, Look
-from everstep.checkpoint.snapshots.memory import Flushed, FlushOrder, SlotMemory
+from everstep.checkpoint.snapshots.memory import (
+    Flushed,
+    FlushOrder,
+    OutlivingMemory,
+    SlotMemory,
+)
 from everstep.checkpoint.snapshots.slot_format import owner_digest, read_seal, unseal
 from everstep.checkpoint.snapshots.slots import NOTHING, SlotState
 from everstep.checkpoint.snapshots.tickets import (
@@ -171,6 +176,7 @@ class SnapshotEngine:
         self._all_sealed: StepId | None = None
         self._durable_step = NOTHING
         self._durable_at_s = time.monotonic()
+        self._foreign_pins: set[int] = set()
         self._flushes: set[Future[Flushed]] = set()
         self._stride = 1
         self._last_step = NOTHING
@@ -194,14 +200,15 @@ class SnapshotEngine:
             memory: whether it was loaded from memory.
             lineage: what the next generation may resume from.
         """
-        self._quiet()
         self._restored = step_id if memory else None
         self._lineage = frozenset(lineage)
         self._durable_step = NOTHING if step_id is None else step_id.step
         self._plan, self._layout, self._slots = None, None, ()
 
-    def watch(self, state: State) -> None:
-        """Hook the optimizers of a state; the earlier, the sooner captures are lazy."""
+    def prepare_load(self, state: State) -> None:
+        """Before other calls use the collective; optimizers are hooked the earlier the better."""
+        self._finish_current()
+        self._take_posted()
         self._fences.watch(state.optimizers)
 
     def save(self, step: int, state: State, durable: bool | None) -> SaveHandle:
@@ -408,9 +415,16 @@ class SnapshotEngine:
             )
             count = rule.slots_needed(flush=self._interval.flushes, protect=False)
             memories = list(self._memory.reserve(plan.layout.slot_bytes, count))
+            slots = self._found(memories)
+            if isinstance(self._memory, OutlivingMemory):
+                self._foreign_pins = set(self._memory.pinned())
+                slots = tuple(
+                    replace(slot, pinned=index in self._foreign_pins)
+                    for index, slot in enumerate(slots)
+                )
+                self._memory.set_orphan_order(self._order_for(StepId(0, 0)))
             with self._lock:
-                self._plan, self._memories = plan, memories
-                self._slots = self._found(memories)
+                self._plan, self._memories, self._slots = plan, memories, slots
                 self._others_freed = False
             self.report.snapshot_bytes = plan.pack.size_bytes
             self.report.reserved_bytes = sum(map(len, memories))
@@ -529,10 +543,6 @@ class SnapshotEngine:
         while (task := self._tasks.get()) is not None:
             task()
 
-    def _quiet(self) -> None:
-        """Return when the thread beside the training uses the collective no more."""
-        self._take_posted()
-
     def _complete(self, current: _Current) -> None:
         try:
             self._seal(current)
@@ -561,18 +571,33 @@ class SnapshotEngine:
         self._memory.sealed(current.index, self._all_sealed)
         if current.flush:
             self._flush(current)
+        if isinstance(self._memory, OutlivingMemory):
+            self._memory.tell(asdict(self.report))
+            self._look_at_pins(self._memory)
+
+    def _look_at_pins(self, memory: OutlivingMemory) -> None:
+        """What readers and flushes of the attempt before still use, they may have let go of."""
+        if not self._foreign_pins:
+            return
+        left = self._foreign_pins & set(memory.pinned())
+        with self._lock:
+            for index in self._foreign_pins - left:
+                self._set(index, replace(self._slots[index], pinned=False))
+            self._foreign_pins = left
 
     def _flush(self, current: _Current) -> None:
-        order = FlushOrder(
-            **self._order,
-            step_id=current.step_id,
-            rank=self._collective.rank,
-            world_size=self._collective.world_size,
-        )
-        future = self._memory.flush(current.index, order)
+        future = self._memory.flush(current.index, self._order_for(current.step_id))
         with self._lock:
             self._flushes.add(future)
         future.add_done_callback(lambda done: self._flushed(current, done))
+
+    def _order_for(self, step_id: StepId) -> FlushOrder:
+        return FlushOrder(
+            **self._order,
+            step_id=step_id,
+            rank=self._collective.rank,
+            world_size=self._collective.world_size,
+        )
 
     def _flushed(self, current: _Current, future: "Future[Flushed]") -> None:
         error = future.exception()

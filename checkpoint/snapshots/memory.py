@@ -5,13 +5,14 @@ keeper (``checkpoint.keeper.client``), which outlives it. ``tests/contracts/test
 holds for both.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import asdict, dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 from everstep.checkpoint.direct_io import ByteArray
 from everstep.checkpoint.lineage import StepId
+from everstep.checkpoint.snapshots.slot_format import Seal
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -103,4 +104,73 @@ class SlotMemory(Protocol):
             finished: False: the process ends because of an error: what is held is to be kept for
                 the next one, where that is possible.
         """
+        ...
+
+
+class Holding(Protocol):
+    """A sealed slot of this node; it stays until it is released."""
+
+    @property
+    def seal(self) -> Seal:
+        """What it holds."""
+        ...
+
+    @property
+    def part(self) -> bytes:
+        """The vote of its rank."""
+        ...
+
+    @property
+    def memory(self) -> ByteArray:
+        """The whole slot."""
+        ...
+
+    def release(self) -> None:
+        """The slot may be freed; may be called twice."""
+        ...
+
+
+@runtime_checkable
+class OutlivingMemory(SlotMemory, Protocol):
+    """Memory that outlives the trainers: that of a keeper."""
+
+    @property
+    def name(self) -> str:
+        """Which keeper it is: no two have the same."""
+        ...
+
+    def holdings(self) -> "Sequence[Holding]":
+        """Everything that is sealed on this node; release each of them."""
+        ...
+
+    def pinned(self) -> Collection[int]:
+        """Reserved slots that somebody else is reading: not to be captured into."""
+        ...
+
+    def flushing(self) -> Collection[StepId]:
+        """Snapshots that are being written: what there is of them on disk is no garbage."""
+        ...
+
+    def set_orphan_order(self, order: FlushOrder) -> None:
+        """How to flush a snapshot of this rank when all trainers have vanished."""
+        ...
+
+    def lend_lock(self, directory: str, fd: int) -> None:
+        """Hold the lock of a checkpoint directory for as long as it may be written to."""
+        ...
+
+    def borrowed_lock(self, directory: str) -> int | None:
+        """A new descriptor that holds this lock; None if there is none."""
+        ...
+
+    def address(self) -> str | None:
+        """'host:port' where other nodes may read, None where they may not."""
+        ...
+
+    def token(self) -> bytes:
+        """The secret that lets them."""
+        ...
+
+    def tell(self, stats: Mapping[str, Any]) -> None:
+        """Numbers of this rank, to be shown to people."""
         ...

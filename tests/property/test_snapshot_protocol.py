@@ -156,10 +156,17 @@ class TestTwoRanksWithTwoSlots:
         assert states > 1000
 
 
+ACTS = ["step", "end_capture", "flush"]
+CALM = 30
+"""Acts before something breaks."""
+
+
 class Protocol(RuleBasedStateMachine):
     """Anything in any order."""
 
     rules_of_job = Rules()
+    calm = 0
+    """Rules since the trainers began: those that die at once reach nothing."""
 
     @initialize(
         ranks=st.integers(1, 4), slots=st.integers(2, 4), every=st.sampled_from([None, 1, 3])
@@ -170,43 +177,36 @@ class Protocol(RuleBasedStateMachine):
     def rank(self, number: int) -> Rank:
         return self.job.ranks[number % len(self.job.ranks)]
 
-    @rule(number=st.integers(0, 3))
-    def step(self, number: int) -> None:
-        self.job.step(self.rank(number))
+    @rule(acts=st.lists(st.tuples(st.sampled_from(ACTS), st.integers(0, 3)), min_size=1))
+    def few_do(self, acts: list[tuple[str, int]]) -> None:
+        for act, number in acts:
+            self.act(act, self.rank(number))
 
-    @rule(order=st.permutations(range(4)))
-    def everyone_steps(self, order: list[int]) -> None:
-        for number in order:
-            self.job.step(self.rank(number))
-
-    @rule(number=st.integers(0, 3))
-    def end_capture(self, number: int) -> None:
-        self.job.end_capture(self.rank(number))
-
-    @rule(but=st.integers(0, 4))
-    def all_end_captures(self, but: int) -> None:
-        for rank in self.job.ranks:
-            if rank.number != but:
-                self.job.end_capture(rank)
-
-    @rule(rounds=st.integers(1, 3))
-    def all_goes_well(self, rounds: int) -> None:
-        for _ in range(2 * rounds):
+    @rule(acts=st.lists(st.sampled_from(ACTS), min_size=1), slow=st.integers(0, 4))
+    def all_do(self, acts: list[str], slow: int) -> None:
+        for act in acts:
             for rank in self.job.ranks:
-                self.job.step(rank)
-                self.job.check()
-            for rank in self.job.ranks:
-                self.job.end_capture(rank)
-                self.job.check()
+                if rank.number != slow:
+                    self.act(act, rank)
 
     @rule(number=st.integers(0, 3))
     def fail_capture(self, number: int) -> None:
-        self.job.end_capture(self.rank(number), fails=True)
+        for _ in range(2):
+            for rank in self.job.ranks:
+                self.act("step", rank)
+        for rank in self.job.ranks:
+            self.job.end_capture(rank, fails=rank is self.rank(number))
 
-    @rule(numbers=st.lists(st.integers(0, 3), min_size=1, max_size=8))
-    def flush(self, numbers: list[int]) -> None:
-        for number in numbers:
-            self.job.flush(self.rank(number))
+    def act(self, act: str, rank: Rank) -> None:
+        getattr(self.job, act)(rank)
+        self.job.check()
+        self.calm += 1
+
+    @rule(rounds=st.integers(1, 3))
+    def all_goes_well(self, rounds: int) -> None:
+        for act in ("step", "step", "end_capture") * rounds:
+            for rank in self.job.ranks:
+                self.act(act, rank)
 
     @rule()
     def fail_flush(self) -> None:
@@ -216,6 +216,7 @@ class Protocol(RuleBasedStateMachine):
     def want_durable(self) -> None:
         self.job.want_durable()
 
+    @precondition(lambda self: self.calm > CALM)
     @rule(number=st.integers(0, 3))
     def change_layout(self, number: int) -> None:
         self.job.change_layout(self.rank(number))
@@ -224,22 +225,23 @@ class Protocol(RuleBasedStateMachine):
     def end_orphans(self) -> None:
         self.job.end_orphans()
 
+    @precondition(lambda self: self.calm > CALM)
     @rule(flushes=st.sampled_from(["done", "lost", "running"]))
     def die(self, flushes: str) -> None:
         self.job.die(flushes)
+        self.calm = 0
 
+    @precondition(lambda self: self.calm > CALM)
     @rule(back=st.integers(0, 3))
     def go_back(self, back: int) -> None:
         self.job.die("lost", step=max(self.job.floor - back, 0))
+        self.calm = 0
 
-    @precondition(lambda self: self.job.floor > NOTHING)
+    @precondition(lambda self: self.calm > 2 * CALM)
     @rule(number=st.integers(0, 3))
     def lose_node(self, number: int) -> None:
         self.job.lose_node(self.rank(number))
-
-    @rule()
-    def settle(self) -> None:
-        self.job.settle()
+        self.calm = 0
 
     @invariant()
     def promise(self) -> None:

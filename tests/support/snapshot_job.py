@@ -120,7 +120,7 @@ class Job:
         self.captured: dict[StepId, int] = {}
         """The layout of each snapshot."""
         self.floor = NOTHING
-        """The newest step that all ranks have ever sealed, less what the user gave up."""
+        """What a restart must reach: the newest step that all ranks have sealed."""
         self.ranks = [Rank(n, self._new_cells(), self.layout, [], (), 0, 0) for n in range(ranks)]
         self._start(None)
 
@@ -231,14 +231,17 @@ class Job:
         rank.cells, rank.old_cells = self._new_cells(), []
         self.floor, self.skipped = NOTHING, True
         self.die("lost")
-        self.floor = self.restored.step if self.restored and self.in_memory else NOTHING
+        self.floor = self.restored.step if self.restored else NOTHING
 
     # --- what must hold ---
 
     def check(self) -> None:
-        """There is always a snapshot that all ranks have sealed, and never an older one."""
-        steps = {s.step for s in self._common()}
-        common = max(steps & {s.step for s in self._lineage(self._common())}, default=NOTHING)
+        """There is always a snapshot that all ranks have sealed, and never an older one.
+
+        Before the first one after a restart from storage, that which was read there stands for it.
+        """
+        stored = self.restored.step if self.restored and not self.in_memory else NOTHING
+        common = max(stored, *(s.step for s in self._lineage(self._common())), NOTHING)
         if common < self.floor:
             raise PromiseBroken(f"all had sealed step {self.floor}, now it is {common}")
         self.floor = common
@@ -257,11 +260,13 @@ class Job:
             for rank in self.ranks:
                 while self.end_capture(rank):
                     pass
-            while any([self.flush(rank) for rank in self.ranks]):
+            while sum(self.flush(rank) for rank in self.ranks):
                 pass
-            for rank in self.ranks:
-                if rank.done < target:
-                    self.step(rank)
+            behind = [rank for rank in self.ranks if rank.done < target]
+            if not behind:
+                break
+            for rank in behind:
+                self.step(rank)
             self.check()
         if self.generation is None or StepId(self.generation, target) not in self.captured:
             raise PromiseBroken(f"steps are skipped for ever: {[r.slots for r in self.ranks]}")
