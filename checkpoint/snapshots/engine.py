@@ -127,7 +127,9 @@ class SnapshotEngine:
     ) -> None:
         self._directory, self._collective, self._owner = directory, collective, owner
         self._place, self._memory, self._interval = place, memory, interval
-        self._order = {"directory": directory.describe(), **order}
+        # a keeper has another working directory
+        where = str(directory.root.absolute()) if directory.has_lock else directory.describe()
+        self._order = {"directory": where, **order}
         self._timeout_s, self._lazy_objects = timeout_s, lazy_objects
         self._file = f"rank-{collective.rank:05d}-{os.urandom(4).hex()}.safetensors"
         self._pacing = Pacing(settings=pacing or PacingSettings(paced_copy=False))
