@@ -72,4 +72,6 @@ class Fences:
                 f"State(optimizer=...): {type(optimizer).__name__} only wraps an optimizer and "
                 "takes no step hooks: give the optimizer inside of it"
             ) from None
+        # other hooks may change tensors as well: they come after this one
+        optimizer._optimizer_step_pre_hooks.move_to_end(handle.id, last=False)
         return handle
