@@ -143,7 +143,12 @@ def _stepping(*optimizers: torch.optim.Optimizer) -> Made:
 
 def plain(kind: type[torch.optim.Optimizer], **options: Any) -> Flavour:
     """One optimizer over everything."""
-    return lambda model: _stepping(kind(trained(model), **options))  # type: ignore[call-arg]
+    return lambda model: _stepping(kind(trained(model), **options))
+
+
+def adafactor(model: nn.Module) -> Made:
+    """Its own kind of state; it cannot do anything with an empty parameter."""
+    return _stepping(torch.optim.Adafactor([p for p in trained(model) if p.numel()], lr=0.001))
 
 
 class OwnSgd(torch.optim.Optimizer):
@@ -259,7 +264,7 @@ FLAVOURS: dict[str, Flavour] = {
     "adamw_loop": plain(torch.optim.AdamW, lr=0.001, foreach=False, fused=False),
     "adamw_foreach": plain(torch.optim.AdamW, lr=0.001, foreach=True),
     "adamw_fused": plain(torch.optim.AdamW, lr=0.001, fused=True, amsgrad=True),
-    "adafactor": plain(torch.optim.Adafactor, lr=0.001),
+    "adafactor": adafactor,
     "muon_and_adamw": muon_and_adamw,
     "own": plain(OwnSgd),
     "calls_super": plain(CallsSuper, lr=0.001),

@@ -1,5 +1,6 @@
 """Snapshots while everything is changed as early as it may be: each is what the save saw."""
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,15 @@ from tests.support.snapshot_checks import Moment, SealedCopies, differences, mom
 
 ONLY_HELPERS = 0.0
 """A rate: background threads copy nothing, so that everything is copied as late as possible."""
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """The tensors are small, and the processors are others' as well."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 def copy_at(monkeypatch: pytest.MonkeyPatch, bytes_per_s: float | None) -> None:
@@ -60,8 +70,8 @@ def torn(folder: Path, flavour: Flavour, steps: int, width: int = 8) -> tuple[in
 @pytest.mark.parametrize("name", FLAVOURS)
 def test_snapshots_are_whole(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     copy_at(monkeypatch, ONLY_HELPERS)
-    taken, wrong = torn(tmp_path, FLAVOURS[name], steps=12)
-    assert taken == 12 and not wrong
+    taken, wrong = torn(tmp_path, FLAVOURS[name], steps=6)
+    assert taken == 6 and not wrong
 
 
 @pytest.mark.parametrize("name", FLAVOURS)
@@ -71,6 +81,26 @@ def test_without_the_fence_they_are_torn(
     """The test of the test: hooks that are counted but do not wait."""
     monkeypatch.setattr(engine, "Fences", lambda _: Fences(lambda: None))
     copy_at(monkeypatch, ONLY_HELPERS)
-    _, wrong = torn(tmp_path, FLAVOURS[name], steps=5)
+    _, wrong = torn(tmp_path, FLAVOURS[name], steps=4)
     assert any("optimizer." in name for name in wrong)
     assert any("model." in name for name in wrong)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", FLAVOURS)
+def test_thousands_of_snapshots_are_whole(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for number, (rate, steps, width) in enumerate(
+        [(ONLY_HELPERS, 120, 8), (3e6, 60, 64), (None, 60, 8), (None, 20, 768)]
+    ):
+        copy_at(monkeypatch, rate)
+        taken, wrong = torn(tmp_path / str(number), FLAVOURS[name], steps, width)
+        assert taken == steps and not wrong
+
+
+@pytest.mark.slow
+def test_a_compiled_step_waits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    copy_at(monkeypatch, ONLY_HELPERS)
+    taken, wrong = torn(tmp_path, compiled, steps=30)
+    assert taken == 30 and not wrong
