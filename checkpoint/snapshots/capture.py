@@ -50,9 +50,10 @@ class HostCapture:
         """Sleep until everything is copied, or for a time; whether it is."""
         return self._job.wait(timeout_s)
 
-    def set_rate(self, bytes_per_s: float | None) -> None:
-        """How fast to copy in the background; None: as fast as it goes."""
-        self._job.set_rate(bytes_per_s)
+    @property
+    def elapsed_s(self) -> float:
+        """From the begin until everything was copied, or until now."""
+        return self._job.stats().elapsed_s
 
     def cancel(self) -> None:
         """Copy no more; returns when no thread reads the state any more."""
@@ -103,8 +104,10 @@ class CapturePlan:
             block_bytes=BLOCK_BYTES,
         )
 
-    def begin(self, copier: Copier, slot: ByteArray, look: Look) -> HostCapture:
-        """Copy at once what is to be, and begin with the rest."""
+    def begin(
+        self, copier: Copier, slot: ByteArray, look: Look, bytes_per_s: float | None
+    ) -> HostCapture:
+        """Copy at once what is to be, and begin with the rest, at a rate (None: full speed)."""
         if self.live.found != self._found:
             self._aim()
         addresses = self._addresses.copy()
@@ -119,7 +122,7 @@ class CapturePlan:
                     staged.copy_(local)
                     addresses[index] = staged.data_ptr()
         crcs = np.zeros(self.pack.n_blocks, np.uint32)
-        job = copier.start(self._copies, addresses, self._data(slot), crcs)
+        job = copier.start(self._copies, addresses, self._data(slot), crcs, bytes_per_s=bytes_per_s)
         return HostCapture(job, slot, crcs, look)
 
     def seal(self, capture: HostCapture, step_id: StepId, owner: bytes, lineage: Any) -> None:
