@@ -504,7 +504,9 @@ class SnapshotEngine:
         if current.flush:
             self._flush(current)
         if isinstance(self._memory, OutlivingMemory):
-            with contextlib.suppress(EverstepError):  # the snapshot counts without a keeper's answer
+            with contextlib.suppress(
+                EverstepError
+            ):  # the snapshot counts without a keeper's answer
                 self._memory.tell(asdict(self.report))
                 self._look_at_pins(self._memory)
 

@@ -1,6 +1,8 @@
 """Hooks on optimizers: nothing is updated before the snapshot under way has been copied."""
 
+from collections import OrderedDict
 from collections.abc import Callable, Iterable
+from typing import Any, cast
 
 import torch
 from torch.utils.hooks import RemovableHandle
@@ -73,5 +75,6 @@ class Fences:
                 "takes no step hooks: give the optimizer inside of it"
             ) from None
         # other hooks may change tensors as well: they come after this one
-        optimizer._optimizer_step_pre_hooks.move_to_end(handle.id, last=False)
+        hooks = cast("OrderedDict[int, Any]", optimizer._optimizer_step_pre_hooks)
+        hooks.move_to_end(handle.id, last=False)
         return handle

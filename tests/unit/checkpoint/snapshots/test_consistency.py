@@ -32,7 +32,7 @@ def copy_at(monkeypatch: pytest.MonkeyPatch, bytes_per_s: float | None) -> None:
 
     class Paced(Copier):
         def start(self, *args: Any, **kwargs: Any) -> CopyJob:
-            return super().start(*args, **kwargs, bytes_per_s=bytes_per_s)
+            return super().start(*args, **{**kwargs, "bytes_per_s": bytes_per_s})
 
     monkeypatch.setattr(engine, "Copier", Paced)
 
