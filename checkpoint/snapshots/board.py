@@ -1,7 +1,7 @@
 """The slots of one rank and what they hold, as the threads of the engine change it."""
 
 import threading
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import replace
 
 from everstep.checkpoint.direct_io import ByteArray
@@ -32,6 +32,16 @@ class SlotBoard:
     def memory(self, index: int) -> ByteArray:
         """The bytes of a slot."""
         return self._memories[index]
+
+    def is_of(self, memories: Sequence[ByteArray]) -> bool:
+        """Whether these are its slots."""
+        places = [[m.ctypes.data for m in slots] for slots in (memories, self._memories)]
+        return places[0] == places[1]
+
+    def adopt(self, restored: StepId | None, lineage: Collection[StepId]) -> None:
+        """The run goes on from an earlier step (``slots.adopt``)."""
+        with self._lock:
+            self._slots = rule.adopt(self._slots, restored, lineage)
 
     def begin(self, step_id: StepId, all_sealed: int) -> int:
         """Take a slot for a capture; all ranks have sealed ``all_sealed``."""

@@ -6,12 +6,13 @@ returns; before the next update the caller helps with what is left (DataStates-L
 of the next save: all ranks capture a step, or none does (``tickets.py``).
 """
 
+import contextlib
 import hashlib
 import os
 import threading
 import time
 import warnings
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
@@ -20,6 +21,7 @@ import torch
 from everstep.checkpoint.collective import Collective, agree, describe
 from everstep.checkpoint.commit import CheckpointDirectory
 from everstep.checkpoint.copier import Copier
+from everstep.checkpoint.direct_io import ByteArray
 from everstep.checkpoint.errors import (
     CheckpointError,
     CollectiveError,
@@ -154,6 +156,8 @@ class SnapshotEngine:
         self._restored: StepId | None = None
         self._lineage: Collection[StepId] = ()
         self._current: _Current | None = None
+        self._fence_lock = threading.Lock()
+        self._resumes = True
         self._failed: set[int] = set()
         self._all_sealed: StepId | None = None
         self._others_from: int | None = None
@@ -174,12 +178,15 @@ class SnapshotEngine:
         self._restored = step_id if memory else None
         self._lineage = frozenset(lineage)
         self._flushing.began_from(NOTHING if step_id is None else step_id.step)
-        self._plan, self._layout, self._current = None, None, None
+        self._plan, self._layout, self._current, self._resumes = None, None, None, True
 
     def prepare_load(self, state: State) -> None:
         """Before other calls use the collective; optimizers are hooked the earlier the better."""
         self._finish_copies()
+        self._agreement.post()
         self._agreement.settle()
+        if self._current is not None:
+            self._current.over.wait(self._timeout_s)
         self._fences.watch(state.optimizers)
 
     def save(self, step: int, state: State, durable: bool | None) -> SaveHandle:
@@ -187,8 +194,8 @@ class SnapshotEngine:
         begun_s = time.perf_counter()
         if self._defect is not None:
             raise self._defect
-        self._check_fenced()
         self._finish_copies()
+        self._check_fenced()
         self._fences.watch(state.optimizers)
         look = self._plan.live.look(state) if self._plan is not None else None
         decision, look = self._decide(step, state, look, urgent=durable is True)
@@ -245,6 +252,7 @@ class SnapshotEngine:
         fresh = urgent
         if look is None:
             self._layout = None
+        self._agreement.post()  # optimizers of other ranks may have stepped where none of this did
         while True:
             decision = self._agreement.decide(step, fresh=fresh)
             fresh = True
@@ -349,6 +357,19 @@ class SnapshotEngine:
         plan = CapturePlan(live, pack, self._file, self._collective.world_size)
         count = rule.slots_needed(flush=self._interval.flushes, protect=False)
         memories = self._memory.reserve(plan.layout.slot_bytes, count)
+        if self._board.is_of(memories):  # what it holds stays, and is still being flushed
+            if self._resumes:
+                self._board.adopt(self._restored, self._lineage)
+        else:
+            self._board = SlotBoard(memories, self._left_in(memories))
+        self._plan, self._resumes = plan, False
+        if isinstance(self._memory, OutlivingMemory):
+            self._memory.set_orphan_order(self._order_for(StepId(0, 0), None))
+        self.report.snapshot_bytes = pack.size_bytes
+        self.report.reserved_bytes = sum(map(len, memories))
+
+    def _left_in(self, memories: Sequence[ByteArray]) -> rule.Slots:
+        """What a process before this one has left in slots, as far as it counts."""
         slots = found_slots(
             memories,
             self._collective.rank,
@@ -362,10 +383,7 @@ class SnapshotEngine:
                 replace(slot, pinned=index in self._foreign_pins)
                 for index, slot in enumerate(slots)
             )
-            self._memory.set_orphan_order(self._order_for(StepId(0, 0), None))
-        self._plan, self._board = plan, SlotBoard(memories, slots)
-        self.report.snapshot_bytes = pack.size_bytes
-        self.report.reserved_bytes = sum(map(len, memories))
+        return slots
 
     # Capturing
 
@@ -406,14 +424,16 @@ class SnapshotEngine:
         self._agreement.post()
 
     def _finish_copies(self) -> None:
-        current = self._current
-        if current is None or current.fenced:
-            return
-        current.fenced = True
-        window_s = time.perf_counter() - current.begun_s
-        copied_bytes = current.capture.copied_bytes
-        if not current.capture.done:
-            self.report.stall_s += current.capture.help()
+        """Return when nothing of the last snapshot is left to be copied, on any thread."""
+        with self._fence_lock:  # hooks of optimizers inside of backward run on other threads
+            current = self._current
+            if current is None or current.fenced:
+                return
+            window_s = time.perf_counter() - current.begun_s
+            copied_bytes = current.capture.copied_bytes
+            if not current.capture.done:
+                self.report.stall_s += current.capture.help()
+            current.fenced = True
         self.report.copied_bytes += copied_bytes
         facts = StepFacts(
             window_s=window_s,
@@ -442,7 +462,7 @@ class SnapshotEngine:
         if current is None or not self._fences.proven:
             return
         for optimizer, count, fragment in current.probes:
-            if self._fences.count(optimizer) > count or not current.capture.done:
+            if self._fences.count(optimizer) > count:
                 continue
             if current.plan.differs(current.board.memory(current.index), fragment):
                 self._failed.add(current.step_id.step)
@@ -486,8 +506,11 @@ class SnapshotEngine:
         if current.flush:
             self._flush(current)
         if isinstance(self._memory, OutlivingMemory):
-            self._memory.tell(asdict(self.report))
-            self._look_at_pins(self._memory)
+            with contextlib.suppress(
+                EverstepError
+            ):  # the snapshot counts without a keeper's answer
+                self._memory.tell(asdict(self.report))
+                self._look_at_pins(self._memory)
 
     def _flush(self, current: _Current) -> None:
         size_bytes = current.plan.pack.size_bytes
