@@ -81,9 +81,7 @@ class Example:
 
     def wait_for(self, pattern: str, timeout_s: float = 80) -> None:
         found = cli.wait_until(
-            lambda: (
-                re.search(pattern, self.output) is not None or self.process.poll() is not None
-            ),
+            lambda: re.search(pattern, self.output) is not None or self.process.poll() is not None,
             timeout_s,
         )
         assert found, self.output
@@ -143,9 +141,7 @@ def test_own_loop_killed_and_run_again_ends_as_if_it_was_not(tmp_path: Path) -> 
 
 @pytest.mark.slow
 @pytest.mark.chaos
-@pytest.mark.parametrize(
-    ("name", "ranks"), [("own_loop", 1), ("ddp_loop", 2), ("fsdp2_loop", 2)]
-)
+@pytest.mark.parametrize(("name", "ranks"), [("own_loop", 1), ("ddp_loop", 2), ("fsdp2_loop", 2)])
 def test_with_a_keeper_at_most_the_last_step_is_redone(
     name: str, ranks: int, tmp_path: Path, runtime: Path
 ) -> None:
