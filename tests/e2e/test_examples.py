@@ -79,7 +79,7 @@ class Example:
     def output(self) -> str:
         return self.log.read_text(errors="replace")
 
-    def wait_for(self, pattern: str, timeout_s: float = 80) -> None:
+    def wait_for(self, pattern: str, timeout_s: float = 150) -> None:
         found = cli.wait_until(
             lambda: re.search(pattern, self.output) is not None or self.process.poll() is not None,
             timeout_s,
@@ -92,7 +92,7 @@ class Example:
         return [int(pid) for pid in children.read_text().split()]
 
     def finish(self) -> str:
-        assert self.process.wait(100) == 0, self.output
+        assert self.process.wait(200) == 0, self.output
         return self.output
 
     def __enter__(self) -> "Example":
@@ -124,6 +124,7 @@ def last_loss(output: str) -> str:
 
 
 @pytest.mark.chaos
+@pytest.mark.timeout(300)
 def test_own_loop_killed_and_run_again_ends_as_if_it_was_not(tmp_path: Path) -> None:
     with Example("own_loop", tmp_path / "whole", "--steps", "400") as whole:
         expected = whole.finish()
@@ -141,6 +142,7 @@ def test_own_loop_killed_and_run_again_ends_as_if_it_was_not(tmp_path: Path) -> 
 
 @pytest.mark.slow
 @pytest.mark.chaos
+@pytest.mark.timeout(400)
 @pytest.mark.parametrize(("name", "ranks"), [("own_loop", 1), ("ddp_loop", 2), ("fsdp2_loop", 2)])
 def test_with_a_keeper_at_most_the_last_step_is_redone(
     name: str, ranks: int, tmp_path: Path, runtime: Path
@@ -166,6 +168,7 @@ def test_with_a_keeper_at_most_the_last_step_is_redone(
 
 @pytest.mark.slow
 @pytest.mark.chaos
+@pytest.mark.timeout(400)
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_a_trainer_of_transformers_goes_on_at_the_exact_sample(
     ranks: int, tmp_path: Path, runtime: Path
