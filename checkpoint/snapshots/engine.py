@@ -86,8 +86,8 @@ class _Current:
     flush: bool
     urgent: bool
     """It is to be durable as soon as it can be."""
-    probes: list[tuple[torch.optim.Optimizer, int, Fragment]]
-    """For each optimizer, how often its hook had fired, and a tensor that it updates."""
+    probes: list[tuple[torch.optim.Optimizer, int, Fragment, bytes | None]]
+    """For each optimizer, how often its hook had fired, and some values that it updates."""
     begun_s: float = field(default_factory=time.perf_counter)
     fenced: bool = False
     over: threading.Event = field(default_factory=threading.Event)
@@ -409,7 +409,7 @@ class SnapshotEngine:
             handle=handle,
             flush=flush,
             urgent=urgent,
-            probes=[(o, self._fences.count(o), f) for o, f in plan.probes],
+            probes=[(o, self._fences.count(o), f, plan.sample(f)) for o, f in plan.probes],
         )
         self._current = current
         self._beside.do(lambda: self._complete(current))
@@ -459,10 +459,8 @@ class SnapshotEngine:
         current = self._current
         if current is None or not self._fences.proven:
             return
-        for optimizer, count, fragment in current.probes:
-            if self._fences.count(optimizer) > count:
-                continue
-            if current.plan.differs(current.board.memory(current.index), fragment):
+        for optimizer, count, fragment, sample in current.probes:
+            if self._fences.count(optimizer) == count and current.plan.sample(fragment) != sample:
                 self._failed.add(current.step_id.step)
                 raise StateError(
                     f"{fragment.spec.name!r} has changed since step {current.step_id.step} was "

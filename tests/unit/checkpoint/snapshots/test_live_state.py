@@ -141,9 +141,7 @@ def _saves(folder: Path, state: State, *changes: Any) -> list[int]:
 def test_tensors_replaced_by_their_like_are_found_without_a_new_plan(tmp_path: Path) -> None:
     changes = _changes()
     state = tiny_state()
-    like = [
-        changes[n] for n in ("replace_data", "replace_buffer", "load_optimizer", "new_state")
-    ]
+    like = [changes[n] for n in ("replace_data", "replace_buffer", "load_optimizer", "new_state")]
     assert _saves(tmp_path, state, *like, *like) == list(range(10))
 
 
