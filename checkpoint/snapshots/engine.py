@@ -155,7 +155,6 @@ class SnapshotEngine:
         self._lineage: Collection[StepId] = ()
         self._current: _Current | None = None
         self._fence_lock = threading.Lock()
-        self._resumes = True
         self._failed: set[int] = set()
         self._all_sealed: StepId | None = None
         self._others_from: int | None = None
@@ -176,7 +175,8 @@ class SnapshotEngine:
         self._restored = step_id if memory else None
         self._lineage = frozenset(lineage)
         self._flushing.began_from(NOTHING if step_id is None else step_id.step)
-        self._plan, self._layout, self._current, self._resumes = None, None, None, True
+        self._plan, self._layout, self._current = None, None, None
+        self._board.adopt(self._restored, self._lineage)  # flushes of it go on
 
     def prepare_load(self, state: State) -> None:
         """Before other calls use the collective; optimizers are hooked the earlier the better."""
@@ -355,12 +355,9 @@ class SnapshotEngine:
         plan = CapturePlan(live, pack, self._file, self._collective.world_size)
         count = rule.slots_needed(flush=self._interval.flushes, protect=False)
         memories = self._memory.reserve(plan.layout.slot_bytes, count)
-        if self._board.is_of(memories):  # what it holds stays, and is still being flushed
-            if self._resumes:
-                self._board.adopt(self._restored, self._lineage)
-        else:
+        if not self._board.is_of(memories):  # else what it holds stays, and is still being flushed
             self._board = SlotBoard(memories, self._left_in(memories))
-        self._plan, self._resumes = plan, False
+        self._plan = plan
         if isinstance(self._memory, OutlivingMemory):
             self._memory.set_orphan_order(self._order_for(StepId(0, 0), None))
         self.report.snapshot_bytes = pack.size_bytes
