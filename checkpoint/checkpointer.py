@@ -26,9 +26,10 @@ from everstep.checkpoint.loading import Loading
 from everstep.checkpoint.manifest import Manifest
 from everstep.checkpoint.ownership import Ownership
 from everstep.checkpoint.snapshots.arena import ArenaMemory
-from everstep.checkpoint.snapshots.engine import Interval, SnapshotEngine, SnapshotReport
+from everstep.checkpoint.snapshots.engine import SnapshotEngine
 from everstep.checkpoint.snapshots.handle import SaveHandle, StepInfo, durable_handle
 from everstep.checkpoint.snapshots.memory import OutlivingMemory, SlotMemory
+from everstep.checkpoint.snapshots.report import Interval, SnapshotReport
 from everstep.checkpoint.snapshots.restore import Candidates
 from everstep.checkpoint.state_capture import Place
 from everstep.checkpoint.store import Store
@@ -123,9 +124,9 @@ class Checkpointer:
                 self._owner,
                 self._place,
                 memory or ArenaMemory(),
-                keep=keep,
                 interval=interval,
                 order={
+                    "keep": keep,
                     "storage_options": storage_options and dict(storage_options),
                     "single_writer": single_writer,
                     "deadline_s": timeout_s,

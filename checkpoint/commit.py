@@ -371,9 +371,7 @@ class CheckpointDirectory:
 
     def _parts(self, step_id: StepId, world_size: int) -> list[Part]:
         keys = [part_key(step_id, rank) for rank in range(world_size)]
-        records = self._read_records(
-            keys, "the file is missing: do all ranks share this directory?"
-        )
+        records = self._read_records(keys, _NOT_SHARED)
         named = [(self.store.describe(key), data) for key, data in zip(keys, records, strict=True)]
         failures = {rank: failure_in(data, path) for rank, (path, data) in enumerate(named)}
         if causes := {rank: cause for rank, cause in failures.items() if cause is not None}:

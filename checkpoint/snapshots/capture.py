@@ -50,9 +50,10 @@ class HostCapture:
         """Sleep until everything is copied, or for a time; whether it is."""
         return self._job.wait(timeout_s)
 
-    def set_rate(self, bytes_per_s: float | None) -> None:
-        """How fast to copy in the background; None: as fast as it goes."""
-        self._job.set_rate(bytes_per_s)
+    @property
+    def elapsed_s(self) -> float:
+        """From the begin until everything was copied, or until now."""
+        return self._job.stats().elapsed_s
 
     def cancel(self) -> None:
         """Copy no more; returns when no thread reads the state any more."""
@@ -72,6 +73,16 @@ class CapturePlan:
     def __init__(self, live: LiveState, pack: PackPlan, file: str, world_size: int) -> None:
         self.live, self.pack = live, pack
         self._file, self._world_size = file, world_size
+        self._aim()
+        self.probes = live.probes(pack.fragments)
+        """An optimizer and a tensor that it updates, for each that has one here."""
+        sample = self._part(StepId(0, 0), 0, live.first.context)
+        self.layout: SlotLayout = slot_layout(pack.size_bytes, len(encode_part(sample)))
+
+    def _aim(self) -> None:
+        """Take down where everything is now."""
+        live, pack = self.live, self.pack
+        self._found = live.found
         self._addresses = np.zeros(len(pack.fragments), np.uint64)
         self._staged: dict[int, torch.Tensor] = {}
         strides = []
@@ -82,7 +93,8 @@ class CapturePlan:
                 strides.append(_strides(tensor.local))
             else:
                 strides.append(dense_strides(fragment.box.shape, fragment.spec.item_bytes))
-                self._staged[index] = self._stage(fragment, tensor)
+                if fragment.size_bytes:
+                    self._staged[index] = torch.empty(tensor.local.shape, dtype=tensor.local.dtype)
         self._copies = CopyPlan(
             pack.starts,
             [fragment.box.shape for fragment in pack.fragments],
@@ -91,16 +103,13 @@ class CapturePlan:
             data_bytes=pack.data_bytes,
             block_bytes=BLOCK_BYTES,
         )
-        self.probes = live.probes(pack.fragments)
-        """An optimizer and a tensor that it updates, for each that has one here."""
-        sample = self._part(StepId(0, 0), 0, live.first.context)
-        self.layout: SlotLayout = slot_layout(pack.size_bytes, len(encode_part(sample)))
 
-    def _stage(self, fragment: Fragment, tensor: LiveTensor) -> torch.Tensor:
-        return torch.empty(fragment.box.shape, dtype=tensor.local.dtype)
-
-    def begin(self, copier: Copier, slot: ByteArray, look: Look) -> HostCapture:
-        """Copy at once what is to be, and begin with the rest."""
+    def begin(
+        self, copier: Copier, slot: ByteArray, look: Look, bytes_per_s: float | None
+    ) -> HostCapture:
+        """Copy at once what is to be, and begin with the rest, at a rate (None: full speed)."""
+        if self.live.found != self._found:
+            self._aim()
         addresses = self._addresses.copy()
         with torch.no_grad():
             for index, staged in self._staged.items():
@@ -113,7 +122,7 @@ class CapturePlan:
                     staged.copy_(local)
                     addresses[index] = staged.data_ptr()
         crcs = np.zeros(self.pack.n_blocks, np.uint32)
-        job = copier.start(self._copies, addresses, self._data(slot), crcs)
+        job = copier.start(self._copies, addresses, self._data(slot), crcs, bytes_per_s=bytes_per_s)
         return HostCapture(job, slot, crcs, look)
 
     def seal(self, capture: HostCapture, step_id: StepId, owner: bytes, lineage: Any) -> None:

@@ -1,6 +1,8 @@
 """Hooks on optimizers: nothing is updated before the snapshot under way has been copied."""
 
+from collections import OrderedDict
 from collections.abc import Callable, Iterable
+from typing import Any, cast
 
 import torch
 from torch.utils.hooks import RemovableHandle
@@ -72,4 +74,7 @@ class Fences:
                 f"State(optimizer=...): {type(optimizer).__name__} only wraps an optimizer and "
                 "takes no step hooks: give the optimizer inside of it"
             ) from None
+        # other hooks may change tensors as well: they come after this one
+        hooks = cast("OrderedDict[int, Any]", optimizer._optimizer_step_pre_hooks)
+        hooks.move_to_end(handle.id, last=False)
         return handle

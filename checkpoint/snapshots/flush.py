@@ -52,6 +52,8 @@ NAP_S = 0.1
 LOCAL_POLL_S = 0.03
 """Between two looks at a local folder."""
 REMOTE_POLL_S = 1.0
+RETRY_S = 1.0
+"""After an error of the store."""
 LOOKING_SHARE = 10
 """Those that wait for the manifest spend a tenth of their time at most on reading votes."""
 
@@ -85,6 +87,7 @@ def flush_slot(
             as far as votes tell them by now. No rank's pack is kept.
         CheckpointError: the directory belongs to another run; or the flush was cancelled after this
             rank had voted: the other ranks may still commit it.
+        OSError: the store could not be reached again until the deadline.
         ValueError: the order's rate is not positive.
     """
     begun_s = time.monotonic()
@@ -182,9 +185,12 @@ class _Flush:
         self._cancelled = cancelled
         try:
             owned = self._is_owned()
-            if owned and not is_committed(self._store, self._step_id) and not self._has_voted():
-                self._write(on_bytes)
-                self._directory.put_vote(self._step_id, self._rank, self._part)
+            if owned and not is_committed(self._store, self._step_id):
+                if self._rank == 0 and not self._directory.has_lock:
+                    self._directory.check_newest(self._step_id.generation)
+                if not self._has_voted():
+                    self._write(on_bytes)
+                    self._directory.put_vote(self._step_id, self._rank, self._part)
         except Exception as e:
             self._fail(e)
         if not owned:
@@ -204,18 +210,13 @@ class _Flush:
     # Writing
 
     def _is_owned(self) -> bool:
-        """Whether the snapshot's generation is the directory's, and still its newest."""
-        generation = self._step_id.generation
-        key = generation_key(generation)
+        """Whether the directory is of the run that the snapshot is of."""
+        key = generation_key(self._step_id.generation)
         try:
             record = decode_generation(read_record(self._store, key), self._store.describe(key))
         except ManifestError:  # lost or damaged, which the directory can live with
             return True
-        if owner_digest(record.owner) != self._seal.owner:
-            return False
-        if self._rank == 0 and not self._directory.has_lock:
-            self._directory.check_newest(generation)
-        return True
+        return owner_digest(record.owner) == self._seal.owner
 
     def _has_voted(self) -> bool:
         """Whether there is a vote of this rank, for this snapshot or of a failure."""
@@ -275,19 +276,21 @@ class _Flush:
         deadline_s = time.monotonic() + self._order.deadline_s
         look_at_s = 0.0
         while True:
-            now_s = time.monotonic()
-            with contextlib.suppress(OSError):  # a store that is away for a while
+            now_s, pause_s = time.monotonic(), self._poll_s
+            try:
                 if is_committed(self._store, self._step_id):
                     return self._committed()
                 if now_s >= look_at_s:
                     self._look()
                     if self._rank == 0 and self._tally.complete:
-                        return self._commit(self._order.keep)
+                        return self._commit()
                     took_s = time.monotonic() - now_s
                     look_at_s = 0.0 if self._rank == 0 else now_s + LOOKING_SHARE * took_s
+            except OSError:  # a store that is away for a while
+                pause_s = max(pause_s, RETRY_S)
             if time.monotonic() >= deadline_s:
                 return self._too_late()
-            self._sleep_until(min(deadline_s, time.monotonic() + self._poll_s))
+            self._sleep_until(min(deadline_s, time.monotonic() + pause_s))
 
     def _look(self) -> None:
         self._tally.look()
@@ -301,12 +304,12 @@ class _Flush:
 
     def _committed(self) -> tuple[int, str | None]:
         if self._rank == 0:  # an earlier attempt may have been killed before it deleted old ones
-            return self._commit(self._order.keep)
+            return self._commit()
         return self._directory.manifest(self._step_id).size_bytes, None
 
-    def _commit(self, keep: int) -> tuple[int, str | None]:
+    def _commit(self) -> tuple[int, str | None]:
         manifest, warning = publish_step(
-            self._directory, self._step_id, self._order.world_size, keep
+            self._directory, self._step_id, self._order.world_size, self._order.keep
         )
         return manifest.size_bytes, warning
 

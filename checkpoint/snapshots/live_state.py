@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from everstep.checkpoint.errors import StateError
+from everstep.checkpoint.errors import LayoutError, StateError
 from everstep.checkpoint.layout import Fragment
 from everstep.checkpoint.plain_json import Json, to_json
 from everstep.checkpoint.snapshots.watch import Watch, local_of
@@ -48,18 +48,25 @@ class LiveState:
     def __init__(self, state: State, place: Place, lazy_objects: Collection[str] = ()) -> None:
         _refuse_foreign_updates(state)
         self._place = place
-        self._objects, self._optimizers = tuple(state.objects), state.optimizers
+        self._objects = tuple(state.objects)
         self._lazy_prefixes = tuple(f"object.{name}." for name in lazy_objects)
         objects, of_objects = split_objects(state)
         self.fixed: dict[Fragment, LiveTensor] = held(tensors_of(state).values())
         """Tensors of model and optimizers."""
+        self.found = 1
+        """How often they were looked for: with each time they may be elsewhere."""
         moving = held([*of_objects.values(), *place.rng().values()])
         self._moving = frozenset(moving)
         optimizer = optimizer_of(state)
         self.first = Look(moving, place.context(objects, optimizer))
         """What ``look`` would have said when the state was found."""
+        self._held_names = _held_names(optimizer)
+        self._only_groups = _only_groups(optimizer)
+        self._remember(state)
+
+    def _remember(self, state: State) -> None:
+        self._optimizers = state.optimizers
         self._late = _late_tensors(state)
-        self._group_names = _names_if_only_groups(optimizer)
         self._watch = Watch(state)
 
     @property
@@ -70,16 +77,35 @@ class LiveState:
     def look(self, state: State) -> Look | None:
         """What is to be taken now; None where the state is no longer laid out as it was found.
 
+        Tensors that were replaced by others of the same layout are found again: it takes
+        milliseconds.
+
         Raises:
             StateError: an object holds what cannot be saved.
         """
-        if tuple(state.objects) != self._objects or not self._watch.unchanged(state):
+        if tuple(state.objects) != self._objects:
+            return None
+        if not self._watch.unchanged(state) and not self._found_again(state):
             return None
         objects, of_objects = split_objects(state)
         moving = held([*of_objects.values(), *self._place.rng().values()])
         if moving.keys() != self._moving:
             return None
         return Look(moving, self._place.context(objects, self._optimizer(state)))
+
+    def _found_again(self, state: State) -> bool:
+        """Whether the state has the same layout, its tensors being others."""
+        try:
+            _refuse_foreign_updates(state)
+            fixed, optimizer = held(tensors_of(state).values()), optimizer_of(state)
+        except (StateError, LayoutError):
+            return False  # who makes a new plan gets the error, and tells the other ranks
+        if fixed.keys() != self.fixed.keys() or _held_names(optimizer) != self._held_names:
+            return False
+        self.fixed, self._only_groups = fixed, _only_groups(optimizer)
+        self.found += 1
+        self._remember(state)
+        return True
 
     def is_late(self, fragment: Fragment, tensor: LiveTensor) -> bool:
         """Whether a tensor stays as it is until the fence."""
@@ -105,9 +131,9 @@ class LiveState:
         return found
 
     def _optimizer(self, state: State) -> Mapping[str, Json]:
-        if self._group_names is None:
+        if not self._only_groups:
             return optimizer_of(state)
-        groups = group_values(state.optimizers, self._group_names)
+        groups = group_values(state.optimizers, self._held_names)
         names = [group.pop("params") for group in groups]  # lists of text are JSON already
         coded = to_json(groups, "optimizer.groups")
         assert isinstance(coded, list)
@@ -117,12 +143,16 @@ class LiveState:
         return {"optimizer": {"groups": coded, "values": {}}}
 
 
-def _names_if_only_groups(optimizer: Mapping[str, Any]) -> list[list[str]] | None:
-    """The names of the parameters of each group; None where states hold other than tensors."""
+def _held_names(optimizer: Mapping[str, Any]) -> list[list[str]]:
+    """The names of the parameters of each group."""
     values = optimizer.get("optimizer")
-    if values is None or values["values"]:
-        return None
-    return [group["params"] for group in values["groups"]]
+    return [] if values is None else [group["params"] for group in values["groups"]]
+
+
+def _only_groups(optimizer: Mapping[str, Any]) -> bool:
+    """Whether there are optimizers, whose states hold tensors only."""
+    values = optimizer.get("optimizer")
+    return values is not None and not values["values"]
 
 
 def _late_tensors(state: State) -> set[int]:
@@ -153,7 +183,8 @@ def _late_tensors(state: State) -> set[int]:
         for value in values.values()
         if isinstance(value, torch.Tensor)
     ]
-    return {local_of(tensor).data_ptr() for tensor in late}
+    changed_in_forward = {local_of(buffer).data_ptr() for buffer in state.model.buffers()}
+    return {local_of(tensor).data_ptr() for tensor in late} - changed_in_forward
 
 
 def _refuse_foreign_updates(state: State) -> None:

@@ -19,6 +19,7 @@ from everstep.checkpoint.snapshots.memory import FlushOrder
 from everstep.checkpoint.step_keys import part_key
 from tests.support.checkpoints import step_names
 from tests.support.kills import die_before, in_process
+from tests.support.recorded_files import recording, unsynced
 from tests.support.slots import holds, sealed_slot
 
 pytestmark = pytest.mark.chaos
@@ -115,6 +116,24 @@ def test_killed_before_any_change_and_done_again(
         shutil.rmtree(where)
     committing = {(OLD,), (OLD, NEW), (NEW,)}
     assert seen == (committing if rank == 0 else {(OLD,)})
+
+
+def test_everything_is_durable_before_the_manifest_appears(tmp_path: Path) -> None:
+    CheckpointDirectory(tmp_path).create_generation(None, {})
+    slot = sealed_slot(NEW)
+    with recording(tmp_path) as done:
+        flush_slot(slot, _order(tmp_path, 0, 1))
+    links = [op.path for op in done.ops if op.kind == "link"]
+    published = next(i for i, op in enumerate(done.ops) if op.path.endswith("manifest.json"))
+    assert [os.path.basename(path) for path in links] == [
+        "00000.json",
+        "index.ocdbt",
+        "manifest.ocdbt",
+        "manifest.json",
+    ]
+    at_risk = [done.ops[i].path for i in unsynced(done.ops[:published])]
+    assert [path for path in at_risk if ".tmp" not in path] == []
+    assert unsynced(done.ops) == []
 
 
 def test_a_full_disk_fails_for_all_and_is_empty_again(small_disk: Path) -> None:

@@ -254,13 +254,13 @@ class Protocol(RuleBasedStateMachine):
 
 
 TestProtocol = Protocol.TestCase
-TestProtocol.settings = settings(max_examples=40, stateful_step_count=40)
+TestProtocol.settings = settings(max_examples=50, stateful_step_count=40)
 
 
 @pytest.mark.slow
 def test_protocol_at_length() -> None:
     run_state_machine_as_test(  # type: ignore[no-untyped-call]
-        Protocol, settings=settings(max_examples=3000, stateful_step_count=120)
+        Protocol, settings=settings(max_examples=800, stateful_step_count=80)
     )
 
 

@@ -340,6 +340,7 @@ class Job:
             self._replan(rank)
         elif decision.action == "skip":
             if decision.void is not None:
+                self.skipped = True  # the step that failed was
                 rank.slots = self.rules.forget(rank.slots, decision.void)
                 rank.failed = [step for step in rank.failed if step != decision.void]
             rank.waits = mine.step in self.wishes

@@ -8,6 +8,7 @@ import sys
 from argparse import Namespace
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
 
@@ -143,3 +144,83 @@ def test_goals_of_the_checkpoint_benchmark_are_judged_by_the_median(
     assert saves[0].met
     assert not any(goal.met for claim, goal in shown.items() if "CPU of DCP" in claim)
     assert shown["plan of one rank's load, CPU seconds"].met
+
+
+@pytest.mark.slow
+def test_the_snapshot_benchmark_measures_every_way_beside_training_without(tmp_path: Path) -> None:
+    out, folder = tmp_path / "result.json", tmp_path / "folder"
+    folder.mkdir()
+    command = [sys.executable, str(FOLDER / "snapshot_inflation.py"), "--tiny"]
+    done = subprocess.run(
+        [*command, "--json", str(out), "--dir", str(folder)],
+        env=os.environ | {"PYTHONPATH": str(FOLDER.parent)},
+        capture_output=True,
+        text=True,
+        timeout=110,
+    )
+    assert done.returncode == 0, done.stderr
+    report = json.loads(out.read_text())
+    assert {"cpu", "cores", "file_system"} <= report["hardware"].keys()
+    measured = {"copy_floor", "memory", "durable", "torch_save", "dcp_best", "dcp_best_every_5"}
+    measured |= {"dcp_staging", "dcp_default", "dcp_sync"}
+    assert measured <= report["inflation"].keys()
+    assert ("dlrover" in report["inflation"]) != ("dlrover" in report["missing"])
+    blocks = {block["way"]: block["ranks"] for block in report["blocks"]}
+    assert all(len(ranks) == 2 for ranks in blocks.values())
+    assert all(rank["details"]["newest_sealed"] == 102 for rank in blocks["memory"])
+    assert all(rank["details"]["newest_durable"] == 100 for rank in blocks["durable"])
+    assert report["ways"]["memory"]["skipped"] == 0
+    for found in report["ways"].values():
+        assert found["step_s_quartiles"][0] > 0
+        assert found["cpu_s_per_step"]["rank 1"] > 0
+    assert "wanted" in done.stdout
+    assert not any(folder.iterdir())
+
+
+def test_rounds_of_the_snapshot_benchmark_hold_our_ways_and_let_peers_take_turns(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.syspath_prepend(FOLDER)
+    turns_of = load("snapshot_inflation_turns")
+    rounds = [turns_of.ways_of_round(number, 2, ["dlrover"]) for number in range(6)]
+    assert all(set(turns_of.CLOSELY) <= set(ways) for ways in rounds)
+    assert all(len(ways) == 5 for ways in rounds)
+    counts = {way: sum(way in ways for ways in rounds) for way in turns_of.PLANS}
+    peers = {count for way, count in counts.items() if way not in (*turns_of.CLOSELY, "none")}
+    assert peers == {0, 2}
+    assert counts["dlrover"] == counts["none"] == 0
+    assert set(turns_of.ways_of_round(0, 99)) == {*turns_of.PLANS} - {"none"}
+
+
+def test_inflation_is_that_of_a_block_over_its_neighbours_without(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.syspath_prepend(FOLDER)
+    report = load("snapshot_inflation_report")
+
+    def block(way: str, *step_s: float) -> Any:
+        seconds = {name: [0.0] * len(step_s) for name in report.MAIN_THREAD}
+        rank = {"step_s": [*step_s], "cpu_s": sum(step_s), "helpers_cpu_s": 1.0, **seconds}
+        memory = {"peak_bytes": 100 if way == "none" else 150, "mapped_shared_bytes": 40}
+        rank |= memory | {"shared_bytes": 100, "helpers_bytes": 5, "skipped": 0, "details": {}}
+        return report.Block(way=way, round=0, ranks=[rank, rank])
+
+    blocks = [block("none", 1.0), block("dcp_best_every_5", 3.0, 1.0, 1.0, 1.0, 1.0)]
+    blocks += [block("none", 1.8), block("copy_floor", 1.8), block("none", 1.8)]
+    trials = report.trials_of(blocks)
+    assert list(trials) == ["copy_floor", "dcp_best_every_5"]
+    found = report.summary("dcp_best_every_5", trials["dcp_best_every_5"], 20)
+    assert found["inflation"] == pytest.approx(0.0)  # 1.4 s between 1.0 s and 1.8 s
+    assert found["snapshots"] == 1
+    assert found["extra_memory_bytes"] == 2 * 50 + (100 - 80) + 2 * 5
+    assert (
+        report.goals({"copy_floor": report.summary("copy_floor", trials["copy_floor"], 20)}) == []
+    )
+
+
+def test_the_interval_of_a_median_holds_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(FOLDER)
+    report = load("snapshot_inflation_report")
+    low, high = report.interval([0.01, 0.03, 0.02, 0.05, 0.04])
+    assert 0.01 <= low <= 0.03 <= high <= 0.05
+    assert report.interval([0.5]) == [0.5, 0.5]

@@ -7,7 +7,7 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
@@ -27,7 +27,11 @@ from everstep.checkpoint.snapshots.flush import flush_slot
 from everstep.checkpoint.snapshots.memory import Flushed, FlushOrder
 from everstep.checkpoint.snapshots.slot_format import part_of, read_seal, unseal
 from everstep.checkpoint.step_keys import part_key, step_key
+from everstep.checkpoint.stores import open_store
 from tests.support.slots import holds, sealed_slot
+
+if TYPE_CHECKING:
+    from tests.support.s3_server import S3Server
 
 STEP = StepId(1, 7)
 _NUMBERS = itertools.count()
@@ -322,14 +326,20 @@ def test_the_directory_of_another_run_is_left_alone(where: str) -> None:
     assert CheckpointDirectory(where).store.list() == ["generations"]
 
 
-def test_a_directory_that_was_lost_to_another_job_gets_nothing() -> None:
+def test_a_directory_that_was_lost_to_another_job_gets_nothing_more() -> None:
     url = f"memory://flush-{next(_NUMBERS)}"
-    directory = CheckpointDirectory(url)
-    for number in (1, 2):
-        directory.create_generation(None, {}, owner="me" if number == 1 else "another")
+    directory, slot = CheckpointDirectory(url), sealed_slot(STEP, owner="me")
+    directory.create_generation(None, {}, owner="me")
+    flush_slot(slot, _order(url))
+    directory.create_generation(STEP, {}, owner="another")
+    late = StepId(1, 8)
     with pytest.raises(SaveFailedError, match="another has begun generation 2"):
-        flush_slot(sealed_slot(STEP, owner="me"), _order(url))
-    assert directory.committed() == []
+        flush_slot(sealed_slot(late, owner="me"), _order(url, step_id=late))
+    assert directory.committed() == [STEP]
+    again = flush_slot(slot, _order(url))
+    assert again.step_id == STEP
+    assert again.warning is not None
+    assert "older checkpoints could not be deleted" in again.warning
 
 
 def test_the_vote_of_another_attempt_is_not_taken_for_the_own(where: str) -> None:
@@ -347,6 +357,7 @@ def test_the_vote_of_another_attempt_is_not_taken_for_the_own(where: str) -> Non
 def test_a_store_that_is_away_for_a_while_is_waited_for(
     where: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(flush, "RETRY_S", 0.05)
     slot, real, left = sealed_slot(STEP, owner="me"), CheckpointDirectory.commit, iter(range(3))
 
     def commit(self: CheckpointDirectory, *args: Any) -> Any:
@@ -356,6 +367,32 @@ def test_a_store_that_is_away_for_a_while_is_waited_for(
 
     monkeypatch.setattr(CheckpointDirectory, "commit", commit)
     assert flush_slot(slot, _order(where)).step_id == STEP
+    assert _whole(where)
+
+
+def test_an_object_store_is_flushed_to(s3: "S3Server", monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(flush, "REMOTE_POLL_S", 0.1)
+    url = s3.new_url()
+    directory = CheckpointDirectory(open_store(url, storage_options=s3.options))
+    directory.create_generation(None, {}, owner="me")
+    for _ in range(2):
+        found = _flush_all(_slots(2), url, 2, storage_options=s3.options)
+        assert all(isinstance(result, Flushed) for result in found.values()), found
+    with directory.reader(STEP) as reader:
+        assert holds(reader, STEP, 2)
+
+
+def test_a_store_that_stays_away_is_not_waited_for_for_ever(
+    where: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def away(*_: Any) -> None:
+        raise OSError(errno.EIO, "away")
+
+    monkeypatch.setattr(CheckpointDirectory, "commit", away)
+    with pytest.raises(OSError, match="away"):
+        flush_slot(sealed_slot(STEP, owner="me"), _order(where, deadline_s=0.2))
+    monkeypatch.undo()
+    assert flush_slot(sealed_slot(STEP, owner="me"), _order(where)).step_id == STEP
     assert _whole(where)
 
 
