@@ -159,7 +159,7 @@ def _keep(
         flush=flush or _flush_slot(),
         log=_log,
         token=KeeperPlace.of(options.job, options.place).make_token(),
-        data_plane_factory=data_plane_factory or (_data_plane() if options.interface else None),
+        data_plane_factory=data_plane_factory or (_data_plane if options.interface else None),
         interface=options.interface,
         new_supervisor=new_supervisor,
     )
@@ -185,14 +185,6 @@ def _flush_slot() -> "FlushSlot":
         return flush_slot(*arguments, **named)
 
     return flush
-
-
-def _data_plane() -> "DataPlaneFactory":
-    from everstep.checkpoint.keeper.transport import DataPlane
-
-    return lambda read, sealed, token, interface: DataPlane(
-        read, token, sealed_slots=sealed, interface=interface
-    )
 
 
 def _log(line: str) -> None:

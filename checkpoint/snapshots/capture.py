@@ -16,7 +16,6 @@ from everstep.checkpoint.manifest import Part, encode_part
 from everstep.checkpoint.pack import BLOCK_BYTES, PackPlan, PackRecord, dense_strides
 from everstep.checkpoint.snapshots.live_state import LiveState, Look
 from everstep.checkpoint.snapshots.slot_format import Seal, SlotLayout, slot_layout, write_seal
-from everstep.checkpoint.torch_layout import LiveTensor
 
 
 class HostCapture:
