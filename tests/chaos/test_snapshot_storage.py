@@ -79,7 +79,7 @@ def _outage(job: Survival, trainers: Trainers, away: Callable[[], None]) -> None
     for rank in range(2):
         found = trainers.told("warning", rank)[warned:]
         assert len(found) == 1, found
-        assert "could not be made durable, training goes on" in found[0]
+        assert "could not be made durable; training goes on" in found[0]
 
 
 def _survive_outages(

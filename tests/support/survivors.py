@@ -215,7 +215,8 @@ def _train_until(run: Run, rank: int, world_size: int, rendezvous: str, log: _Lo
     ) as checkpointer:
         engine = checkpointer._engine
         assert engine is not None
-        engine._order["rate_bytes_per_s"] = run.rate_bytes_per_s
+        if run.rate_bytes_per_s is not None:
+            engine._flush_rate = lambda _: run.rate_bytes_per_s  # type: ignore[method-assign]
         start = checkpointer.load(state, on_bytes=lambda n: reach("loading", 0))
         loaded = checkpointer.loaded
         told = {} if loaded is None else {"why": loaded.why, "path": loaded.path}
@@ -239,7 +240,7 @@ def _train_until(run: Run, rank: int, world_size: int, rendezvous: str, log: _Lo
 def _install(log: _Log, wanted: list[tuple[str, int]]) -> Callable[[str, int], None]:
     """Have functions of the product tell where they are, and stop there where it is wanted."""
     from everstep.checkpoint.keeper.client import KeeperMemory
-    from everstep.checkpoint.snapshots import capture, engine
+    from everstep.checkpoint.snapshots import agreement, board, capture, engine, flushing
     from everstep.checkpoint.snapshots.restore import Candidates
 
     now = {"saved": -1, "sealed": -1}
@@ -286,16 +287,17 @@ def _install(log: _Log, wanted: list[tuple[str, int]]) -> Callable[[str, int], N
         now["sealed"] = seal.step_id.step
         log(sealed=seal.step_id.step)
 
+    flushing._RETRY_S = 0.05
     capture.write_seal = write_seal
     around(engine.SnapshotEngine, "save", of_save, "saving")
     around(engine.SnapshotEngine, "_begin", lambda _, step, *__: int(step), "agreed")
-    around(engine, "unseal", lambda *_: now["saved"], after="unsealed")
+    around(board, "unseal", lambda *_: now["saved"], after="unsealed")
     around(capture.CapturePlan, "begin", lambda *_: now["saved"], after="copying")
     around(capture.CapturePlan, "seal", lambda _, __, step_id, *___: int(step_id.step), "copied")
     around(KeeperMemory, "sealed", lambda *_: now["sealed"], "sealed", "told")
     around(KeeperMemory, "flush", lambda *_: now["sealed"], "ordering", "ordered")
     around(engine.SnapshotEngine, "_fence", lambda *_: now["saved"], "updating")
-    around(engine.SnapshotEngine, "_exchange", lambda _, step: int(step) - 1, "posting")
+    around(agreement.Agreement, "_exchange", lambda _, step: int(step) - 1, "posting")
     around(Candidates, "open", lambda *_: 0, "looked")
     return reach
 
