@@ -69,10 +69,10 @@ def train(run: Run) -> bool:
         total, askers = sum_over_ranks(torch.stack([loss_sum, asked]), run.shape.tp)
         loss, stop = total / tokens_per_step, askers > 0
         if not math.isfinite(loss):
-            raise TrainingError(step, "loss", loss, run.saves.durable_step)
+            raise TrainingError(step, "loss", loss, run.saves.settle())
         grad_norm = engine.apply_gradients()
         if not math.isfinite(grad_norm):
-            raise TrainingError(step, "gradient norm", grad_norm, run.saves.durable_step)
+            raise TrainingError(step, "gradient norm", grad_norm, run.saves.settle())
         run.done_steps = step
 
         step_time_s = time.perf_counter() - began_s

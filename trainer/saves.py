@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Callable
-from concurrent.futures import Future
+from concurrent.futures import Future, wait
 from dataclasses import dataclass
 
 from everstep.checkpoint.checkpointer import Checkpointer
@@ -39,6 +39,7 @@ class Saves:
         say: is told what is durable.
         durable_step: the newest step that is durable already; 0: none.
         memory_use: what snapshots take now.
+        timeout_s: how long ``settle`` waits at most.
     """
 
     def __init__(
@@ -48,7 +49,9 @@ class Saves:
         say: Say,
         durable_step: int,
         memory_use: Callable[[], "MemoryUse"],
+        timeout_s: float,
     ) -> None:
+        self._timeout_s = timeout_s
         self._checkpointer, self._config, self._say = checkpointer, config, say
         self._memory_use = memory_use
         self.memory_use: MemoryUse | None = None
@@ -91,6 +94,12 @@ class Saves:
             told = transfer_teller(self._say, f"saving step {step}")
             handle = self._checkpointer.save(step, state(), on_bytes=told)
             self._durable(handle.durable.result())
+
+    def settle(self) -> int:
+        """Wait until what is on its way to storage is there, or is not; the newest durable step."""
+        wait(self._under_way, self._timeout_s)
+        self._look()
+        return self.durable_step
 
     def tell(self, steps: int, trained_s: float) -> None:
         """Report how snapshots have gone, after the last step; nothing where there are none.

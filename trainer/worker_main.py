@@ -147,6 +147,7 @@ def _run(
                 say,
                 durable_step,
                 lambda: _memory_use(config, shape, corpus.vocab_size, memory, checkpointer),
+                config.parallel.timeout_s,
             ),
             meter=step_meter(config, shape, device, corpus.vocab_size, engine.model),
             sinks=sinks,

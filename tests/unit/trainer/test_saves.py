@@ -1,5 +1,6 @@
 """When the state of a run is saved, and what is told of it."""
 
+import threading
 from collections.abc import Callable
 from concurrent.futures import Future
 from typing import Any
@@ -66,6 +67,7 @@ class Bench:
             lambda kind, **facts: self.said.append({"kind": kind, **facts}),
             0,
             lambda: USE,
+            5.0,
         )
 
     def step(self, step: int, *, final: bool = False) -> None:
@@ -118,6 +120,17 @@ def test_an_outage_of_storage_is_told_once_and_ends_nothing() -> None:
     bench.checkpointer.durable[4].set_exception(SaveFailedError(5, {0: "the disk is full"}))
     bench.step(7)
     assert [said["kind"] for said in bench.said] == ["not_saved", "saved", "not_saved"]
+
+
+def test_settled_it_knows_what_is_durable() -> None:
+    bench = Bench()
+    bench.step(1)
+    bench.step(2)
+    bench.checkpointer.durable[0].set_exception(NotRequested("not its turn"))
+    later = threading.Timer(0.1, lambda: bench.checkpointer.durable[1].set_result(info(2)))
+    later.start()
+    assert bench.saves.settle() == 2
+    later.join()
 
 
 def test_a_last_step_that_cannot_be_made_durable_is_an_error() -> None:
