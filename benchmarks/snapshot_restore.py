@@ -128,7 +128,8 @@ def main() -> None:
     for name, figures in result.items():
         print(
             f"{name:10} {figures['wall_s']:.3f} s ({figures['cpu_s']:.3f} s of CPU), "
-            f"{figures['bytes_per_s'] / 1e9:.2f} GB/s, {figures['fraction_of_memcpy']:.0%} of memcpy"
+            f"{figures['bytes_per_s'] / 1e9:.2f} GB/s, "
+            f"{figures['fraction_of_memcpy']:.0%} of memcpy"
         )
     if arguments.json:
         lines = Path("/proc/cpuinfo").read_text().splitlines()

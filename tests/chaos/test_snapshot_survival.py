@@ -184,8 +184,7 @@ def _random_kills(job: Survival, digests: list[str], kills: int, seed: int) -> N
         chain.begin(world_size)
         trainers = chain.trainers
         if random_.random() < 0.8:
-            steps = random_.randrange(1, 7)
-            trainers.wait_for(lambda steps=steps: len(trainers.told("saved")) >= steps)
+            trainers.wait_saved(chain.next_step + random_.randrange(6))
             time.sleep(random_.uniform(0.0, 0.03))
         else:  # some of these are killed before they know where to begin
             time.sleep(random_.uniform(0.2, 0.8))

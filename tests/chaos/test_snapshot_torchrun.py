@@ -40,8 +40,8 @@ def _run(folder: Path, *command: str) -> str:
 
 
 def _torchrun(folder: Path, name: str, deaths: str = "") -> str:
-    launcher = "-m torch.distributed.run --standalone --nproc-per-node 2 --max-restarts 3".split()
-    program = ["-m", "tests.support.doomed_loop", deaths, str(EXAMPLE)]
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    program = ["--max-restarts", "3", "-m", "tests.support.doomed_loop", deaths, str(EXAMPLE)]
     options = ["--directory", name, "--steps", "80", "--keeper-job", name]
     return _run(folder, *launcher, *program, *options)
 
