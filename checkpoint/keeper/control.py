@@ -173,9 +173,11 @@ def ask(where: KeeperPlace, body: dict[str, Any], *, timeout_s: float) -> dict[s
             return None
         raise
     channel = Channel(connection)
+    poll = select.poll()  # select() knows the first 1024 descriptors only
+    poll.register(channel, select.POLLIN)
     try:
         channel.send({"id": 1, **body})
-        while select.select([channel], [], [], max(0.0, deadline_s - time.monotonic()))[0]:
+        while poll.poll(1000 * max(0.0, deadline_s - time.monotonic())):
             for frame in channel.receive():
                 frame.close()
                 if "error" in frame.body:

@@ -14,7 +14,7 @@ import time
 import uuid
 import warnings
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from multiprocessing import connection, get_context
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -26,6 +26,7 @@ from everstep.checkpoint.commit import CheckpointDirectory
 from everstep.checkpoint.keeper import control, segments
 from everstep.checkpoint.lineage import StepId
 from everstep.checkpoint.open_place import open_place
+from everstep.checkpoint.stores import open_store
 from everstep.checkpoint.verify import verify_packs
 from tests.support.held_keeper import PROGRAM, VARIABLE
 from tests.support.keepers import eventually, processes_of, users_of
@@ -88,7 +89,7 @@ class Run:
     pause: Path | None = None
     """No step is begun while this file exists."""
     timeout_s: float = 30.0
-    storage_options: Mapping[str, Any] = field(default_factory=dict)
+    storage_options: Mapping[str, Any] | None = None
 
 
 class _Log:
@@ -210,12 +211,12 @@ def _train_until(run: Run, rank: int, world_size: int, rendezvous: str, log: _Lo
         memory=memory,
         durable_every=run.durable_every,
         timeout_s=run.timeout_s,
-        storage_options=run.storage_options or None,
-        single_writer=bool(run.storage_options),
+        storage_options=run.storage_options,
     ) as checkpointer:
         engine = checkpointer._engine
         assert engine is not None
-        engine._order["rate_bytes_per_s"] = run.rate_bytes_per_s
+        if run.rate_bytes_per_s is not None:
+            engine._flush_rate = lambda _: run.rate_bytes_per_s  # type: ignore[method-assign]
         start = checkpointer.load(state, on_bytes=lambda n: reach("loading", 0))
         loaded = checkpointer.loaded
         told = {} if loaded is None else {"why": loaded.why, "path": loaded.path}
@@ -239,7 +240,7 @@ def _train_until(run: Run, rank: int, world_size: int, rendezvous: str, log: _Lo
 def _install(log: _Log, wanted: list[tuple[str, int]]) -> Callable[[str, int], None]:
     """Have functions of the product tell where they are, and stop there where it is wanted."""
     from everstep.checkpoint.keeper.client import KeeperMemory
-    from everstep.checkpoint.snapshots import capture, engine
+    from everstep.checkpoint.snapshots import agreement, board, capture, engine, flushing
     from everstep.checkpoint.snapshots.restore import Candidates
 
     now = {"saved": -1, "sealed": -1}
@@ -286,16 +287,17 @@ def _install(log: _Log, wanted: list[tuple[str, int]]) -> Callable[[str, int], N
         now["sealed"] = seal.step_id.step
         log(sealed=seal.step_id.step)
 
+    flushing._RETRY_S = 0.05
     capture.write_seal = write_seal
     around(engine.SnapshotEngine, "save", of_save, "saving")
     around(engine.SnapshotEngine, "_begin", lambda _, step, *__: int(step), "agreed")
-    around(engine, "unseal", lambda *_: now["saved"], after="unsealed")
+    around(board, "unseal", lambda *_: now["saved"], after="unsealed")
     around(capture.CapturePlan, "begin", lambda *_: now["saved"], after="copying")
     around(capture.CapturePlan, "seal", lambda _, __, step_id, *___: int(step_id.step), "copied")
     around(KeeperMemory, "sealed", lambda *_: now["sealed"], "sealed", "told")
     around(KeeperMemory, "flush", lambda *_: now["sealed"], "ordering", "ordered")
     around(engine.SnapshotEngine, "_fence", lambda *_: now["saved"], "updating")
-    around(engine.SnapshotEngine, "_exchange", lambda _, step: int(step) - 1, "posting")
+    around(agreement.Agreement, "_exchange", lambda _, step: int(step) - 1, "posting")
     around(Candidates, "open", lambda *_: 0, "looked")
     return reach
 
@@ -398,9 +400,16 @@ class Trainers:
 class Survival:
     """One job: its directory, its keeper, one attempt after the other."""
 
-    def __init__(self, folder: Path, *, root: Path | None = None) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        root: Path | str | None = None,
+        storage_options: Mapping[str, Any] | None = None,
+    ) -> None:
         self.folder, self.place = folder, folder / "place"
         self.root = root or folder / "checkpoints"
+        self._storage_options = storage_options
         self._holds = folder / "holds"
         self._holds.mkdir()
         self._inodes: set[int] = set()
@@ -453,6 +462,7 @@ class Survival:
 
     def kill(self, *pids: int) -> None:
         """SIGKILL, and wait until they are gone."""
+        self.look_at_slots()
         for pid in pids:
             os.kill(pid, signal.SIGKILL)
         for pid in pids:
@@ -464,12 +474,17 @@ class Survival:
 
     def run(self, steps: int, **changes: Any) -> Run:
         """What they do."""
-        return Run(**{"root": self.root, "place": self.place, "steps": steps, **changes})
+        known = {"root": self.root, "place": self.place, "steps": steps}
+        return Run(**{**known, "storage_options": self._storage_options, **changes})
+
+    def directory(self) -> CheckpointDirectory:
+        """Of the checkpoints."""
+        return CheckpointDirectory(open_store(self.root, storage_options=self._storage_options))
 
     def whole_in_memory(self) -> list[StepId]:
         """Snapshots that all ranks of their generation have sealed, ascending."""
         self.look_at_slots()
-        generations = CheckpointDirectory(self.root).generations()
+        generations = self.directory().generations()
         found: dict[StepId, set[int]] = {}
         for slot in self.status()["slots"]:
             if slot["sealed"]:
@@ -482,11 +497,11 @@ class Survival:
 
     def durable(self) -> list[int]:
         """Steps that are committed."""
-        return [s.step for s in CheckpointDirectory(self.root).lineage()]
+        return [s.step for s in self.directory().lineage()]
 
     def assert_undamaged(self) -> None:
         """Every byte of what is committed is as it was written."""
-        place = open_place(str(self.root))
+        place = open_place(str(self.root), storage_options=self._storage_options)
         for step_id in place.directory.lineage():
             with place.open(step_id) as reader:
                 assert not verify_packs(place.files(step_id), reader.manifest)
@@ -516,7 +531,7 @@ class Survival:
             for line in Path("/proc/locks").read_text().splitlines()
         }
         locks = [self.place / JOB / "lock"]
-        if self.root.exists():
+        if isinstance(self.root, Path):
             locks += [path for path in self.root.iterdir() if path.is_file()]
         assert not held & {str(path.stat().st_ino) for path in locks}
         left = sorted(path.name for path in (self.place / JOB).iterdir())
@@ -533,9 +548,9 @@ class Survival:
 
 
 @contextlib.contextmanager
-def survival(folder: Path, root: Path | None = None) -> Iterator[Survival]:
+def survival(folder: Path, **kwargs: Any) -> Iterator[Survival]:
     """A job with a running keeper; whatever is left of it afterwards is killed."""
-    with Survival(folder, root=root) as job:
+    with Survival(folder, **kwargs) as job:
         job.start_keeper()
         yield job
 

@@ -4,6 +4,7 @@ import contextlib
 import fcntl
 import mmap
 import os
+import resource
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -15,6 +16,7 @@ import pytest
 
 from everstep.checkpoint.direct_io import ByteArray
 from everstep.checkpoint.errors import KeeperError, SaveFailedError, SlotMemoryError
+from everstep.checkpoint.keeper import control
 from everstep.checkpoint.keeper.client import KeeperMemory
 from everstep.checkpoint.keeper.place import KeeperPlace
 from everstep.checkpoint.keeper.server import ReadSlot, SealedSlots
@@ -513,3 +515,16 @@ def test_arrays_outlive_the_memory(keeper: KeeperThread) -> None:
     memory.close()
     slot[:] = np.uint8(3)
     assert int(slot[-1]) == 3
+
+
+def test_status_in_a_process_with_many_files(keeper: KeeperThread, place: KeeperPlace) -> None:
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if hard < 2000:
+        pytest.skip(f"this host lets a process have {hard} files only")
+    resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, 2000), hard))
+    with contextlib.ExitStack() as files:
+        for _ in range(1100):
+            files.enter_context(open(os.devnull))
+        found = control.status(place.job, place=place.root)
+    assert found is not None
+    assert found["pid"] == os.getpid()
