@@ -439,6 +439,8 @@ class SnapshotEngine:
             background_s=min(window_s, current.capture.elapsed_s),
         )
         self._pacing = after_step(self._pacing, facts)
+        if copied_bytes and facts.background_s > 0:
+            self.report.copy_bytes_per_s = copied_bytes / facts.background_s
 
     def _wait_unproven(self) -> None:
         """No optimizer has shown yet that it would wait: copy now."""
