@@ -26,7 +26,6 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +33,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 
-from everstep.checkpoint.snapshots.handle import SaveHandle, StepInfo, durable_handle
+from everstep.checkpoint.snapshots.report import SnapshotReport
 from everstep.trainer.config import RunConfig
 from everstep.trainer.config_load import load_config
 from everstep.trainer.data import TrainStream, open_corpus
@@ -60,15 +59,15 @@ OVERRIDES = [
 MESHES = {1: ["mesh.tp=1", "mesh.dp_shard=1"], 2: ["mesh.tp=1", "mesh.dp_shard=2"]}
 
 
-@dataclass
 class NothingSaved:
-    """Stands in for the checkpointer: saving is measured elsewhere."""
+    """Stands in for the saves of a run: they are measured elsewhere."""
 
-    def save(self, step: int, state: object) -> SaveHandle:
-        """Pretend."""
-        return durable_handle(
-            StepInfo(step=step, generation=1, path="", size_bytes=0, duration_s=0.0)
-        )
+    def report(self) -> SnapshotReport:
+        """There are none."""
+        return SnapshotReport()
+
+    def after_step(self, step: int, state: object, *, final: bool) -> None:
+        """Do nothing."""
 
 
 def our_loop(config: RunConfig, folder: Path, rank: int, pipe: int) -> Callable[[int], float]:
@@ -90,7 +89,7 @@ def our_loop(config: RunConfig, folder: Path, rank: int, pipe: int) -> Callable[
             TrainStream(corpus, config.data, config.seed, rank, shape.dp), config.data.prefetch
         ),
         engine=engine,
-        checkpointer=NothingSaved(),  # type: ignore[arg-type]
+        saves=NothingSaved(),  # type: ignore[arg-type]
         meter=step_meter(config, shape, engine.device, corpus.vocab_size, engine.model),
         sinks=[JsonlSink(folder / "metrics.jsonl", 0)] if rank == 0 else [],
         say=say,

@@ -161,10 +161,14 @@ class Controller:
 
     def _end_keepers(self) -> None:
         """After a run that failed they stay, if they hold anything for the next start."""
-        if self._job.state is State.FAILED and self._sealed_step is not None:
+        job = self._job
+        if job.state is State.FAILED and self._sealed_step is not None:
             return
-        at_once = self._job.exit_code == exit_codes.INTERRUPTED
-        problems = self._driver.end_keepers(_AT_ONCE_S if at_once else self._job.grace_s)
+        at_once = job.exit_code == exit_codes.INTERRUPTED
+        # Ranks that ended by themselves have made their last step durable.
+        now = job.state is not State.STOPPED or (job.killed_at_s is None and not job.died)
+        limit_s = _AT_ONCE_S if at_once else job.grace_s
+        problems = self._driver.end_keepers(limit_s, now=now)
         for problem in [] if at_once else problems:  # it ends by itself when all is durable
             self._view.line(f"warning: {problem}")
 

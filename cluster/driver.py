@@ -125,9 +125,10 @@ class ClusterDriver(Protocol):
         """
         ...
 
-    def end_keepers(self, timeout_s: float) -> list[str]:
+    def end_keepers(self, timeout_s: float, *, now: bool) -> list[str]:
         """End the keepers that hold snapshots of the ranks, once all ranks have ended.
 
+        With ``now``, what they hold is not needed any more; else they make the newest durable.
         Returns what went wrong, as sentences; waits at most ``timeout_s`` for each.
         """
         ...

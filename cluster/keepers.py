@@ -85,12 +85,15 @@ def keeper_runs(job: str) -> bool:
     return control.status(job) is not None
 
 
-def end_keepers(jobs: Sequence[str], timeout_s: float) -> list[str]:
-    """End keepers of this node, which make durable what is not yet; what went wrong, if it did."""
+def end_keepers(jobs: Sequence[str], timeout_s: float, *, now: bool) -> list[str]:
+    """End keepers of this node; what went wrong, if it did.
+
+    Without ``now`` they first make durable what is newest.
+    """
     problems = []
     for job in jobs:
         try:
-            control.stop(job, timeout_s=timeout_s)
+            control.stop(job, now=now, timeout_s=timeout_s)
         except (EverstepError, OSError) as error:
             problems.append(str(error))
     return problems

@@ -172,10 +172,10 @@ class LocalDriver:
         late, self._late = self._late, []
         return late + self._select(0 if late else timeout_s)
 
-    def end_keepers(self, timeout_s: float) -> list[str]:
+    def end_keepers(self, timeout_s: float, *, now: bool) -> list[str]:
         """End those that ranks were told of."""
         keepers, self._keepers = self._keepers, []
-        return end_keepers(keepers, timeout_s)
+        return end_keepers(keepers, timeout_s, now=now)
 
     def ask_stop(self) -> None:
         """Tell every rank, also those that are not there yet."""

@@ -229,12 +229,13 @@ class RayDriver:
             events += self._hear(ranks[reference])
         return events
 
-    def end_keepers(self, timeout_s: float) -> list[str]:
+    def end_keepers(self, timeout_s: float, *, now: bool) -> list[str]:
         """Ask on each node the actor of a rank that has ended there."""
         import ray
 
         calls = {
-            job: actor.end_keeper.remote(job, timeout_s) for job, actor in self._retired.items()
+            job: actor.end_keeper.remote(job, timeout_s, now)
+            for job, actor in self._retired.items()
         }
         problems = []
         for job, call in calls.items():

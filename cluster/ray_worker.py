@@ -120,9 +120,9 @@ class RankHost:
             os._exit(exit_codes.FAILED)  # the rank's processes end with this one
         self._asked.put(what)
 
-    def end_keeper(self, job: str, timeout_s: float) -> list[str]:
+    def end_keeper(self, job: str, timeout_s: float, now: bool) -> list[str]:
         """End a keeper of this node; what went wrong, if it did."""
-        return end_keepers([job], timeout_s)
+        return end_keepers([job], timeout_s, now=now)
 
     @property
     def _logs(self) -> Path:

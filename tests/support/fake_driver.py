@@ -70,7 +70,7 @@ class InMemoryDriver:
         except queue.Empty:
             return events
 
-    def end_keepers(self, timeout_s: float) -> list[str]:
+    def end_keepers(self, timeout_s: float, *, now: bool) -> list[str]:
         self.ended_keepers = True
         return []
 

@@ -166,7 +166,7 @@ def test_a_run_that_fits() -> None:
         "14.96 GiB of state per GPU, and activations"
     )
     assert found(findings, "snapshot memory").found == (
-        "269.3 GiB: 3 snapshots of 89.75 GiB, at most 11.22 GiB per rank"
+        "269.2 GiB: 3 snapshots of 89.75 GiB, at most 11.22 GiB per rank"
     )
     assert found(findings, "registered memory").status is Status.OK
     assert found(findings, "NUMA").found == "2 nodes: 64 GiB, 64 GiB"

@@ -89,17 +89,17 @@ def test_a_driver_starts_and_ends_the_keepers_of_its_ranks(tmp_path: Path) -> No
         assert keeper_runs(job)
         (status,) = run_status(config(), tmp_path / "r")
         assert (status["job"], status["budget_bytes"]) == (job, 2**20)
-        assert driver.end_keepers(20.0) == []
+        assert driver.end_keepers(20.0, now=False) == []
         assert not keeper_runs(job)
-        assert driver.end_keepers(20.0) == []
+        assert driver.end_keepers(20.0, now=False) == []
     finally:
         driver.close()
         control.stop(job, now=True)
 
 
 def test_a_keeper_that_does_not_end_is_told_of(monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuse(job: str, timeout_s: float) -> bool:
+    def refuse(job: str, *, now: bool, timeout_s: float) -> bool:
         raise OSError(f"{job} is stuck")
 
     monkeypatch.setattr(control, "stop", refuse)
-    assert end_keepers(["a", "b"], 1.0) == ["a is stuck", "b is stuck"]
+    assert end_keepers(["a", "b"], 1.0, now=True) == ["a is stuck", "b is stuck"]
