@@ -6,6 +6,7 @@ driver once, so that the GPU writes into them by itself. Checksums are computed 
 once the copies are there.
 """
 
+import contextlib
 import time
 import warnings
 from collections.abc import Mapping, Sequence
@@ -70,7 +71,11 @@ class CudaCalls:
         """See ``DeviceCalls``."""
         runtime = torch.cuda.cudart()
         error = runtime.cudaHostRegister(memory.ctypes.data, memory.nbytes, 1)  # 1: portable
-        return None if int(error) == 0 else str(runtime.cudaGetErrorString(error))
+        if int(error) == 0:
+            return None
+        with contextlib.suppress(RuntimeError):  # else the next launch would fail for this error
+            torch.ones(1, device="cuda").add_(1)
+        return str(runtime.cudaGetErrorString(error))
 
     def unpin(self, memory: ByteArray) -> None:
         """See ``DeviceCalls``."""
@@ -171,8 +176,9 @@ class DeviceCapture:
     def cancel(self) -> None:
         """See ``Capture``: devices cannot be stopped, so that their copies are waited for."""
         self._cancelled = True
-        while not self._calls.passed(self._marks):
-            time.sleep(_POLL_S)
+        with contextlib.suppress(RuntimeError):  # a device that has failed copies no more
+            while not self._calls.passed(self._marks):
+                time.sleep(_POLL_S)
 
 
 class DevicePlan(CapturePlan):
