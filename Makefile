@@ -55,6 +55,9 @@ bench: $(STAMP) ## run the benchmarks and rewrite benchmarks/results/
 	$(BIN)/python benchmarks/data_limits.py --json benchmarks/results/data_limits.json
 	$(BIN)/python benchmarks/checkpoint_io.py --json benchmarks/results/checkpoint_io.json \
 	  --plot benchmarks/results/checkpoint_io.png
+	$(BIN)/python benchmarks/snapshot_inflation.py \
+	  --json benchmarks/results/snapshot_inflation.json \
+	  --plot benchmarks/results/snapshot_inflation.png
 
 dist: $(STAMP) ## build sdist and wheel, and try both in empty environments
 	tests/support/try_dist.sh $(BIN)/python

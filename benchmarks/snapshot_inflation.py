@@ -105,7 +105,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0] if __doc__ else None)
     parser.add_argument("--quick", action="store_true", help="20M parameters, 2 rounds")
     parser.add_argument("--tiny", action="store_true", help=argparse.SUPPRESS)
-    parser.add_argument("--rounds", type=int, help="blocks of each of our ways (8; 2 with --quick)")
+    parser.add_argument("--rounds", type=int, help="blocks of each of our ways (7; 2 with --quick)")
     parser.add_argument("--ways", help=f"only these, by commas: {', '.join([*PLANS][1:])}")
     parser.add_argument("--adamw", choices=("foreach", "fused", "loop"), default="foreach")
     parser.add_argument("--slots", choices=(KEEPER, PROCESS), default=KEEPER, help="everstep's")
@@ -124,7 +124,7 @@ def main() -> int:
     if DLROVER in chosen and (why := why_missing()):
         missing[DLROVER] = why
     size = TINY if arguments.tiny else QUICK if arguments.quick else FULL
-    rounds = arguments.rounds or {TINY: 1, QUICK: 2, FULL: 8}[size]
+    rounds = arguments.rounds or {TINY: 1, QUICK: 2, FULL: 7}[size]
     peers_per_round = 2 if size == FULL else len(PLANS)
     load_before = [round(load, 2) for load in os.getloadavg()]
     os.environ["OMP_NUM_THREADS"] = "1"

@@ -67,6 +67,8 @@ class Cause:
     """The first rank that failed."""
     sentence: str
     """For a person: what happened, and the way out where one is known."""
+    brief: str = "failed"
+    """What happened, to follow 'rank N', where no way out is needed."""
     traceback_file: str | None
     """Where the full trace is."""
     exit_code: int
@@ -82,6 +84,7 @@ class _Failure:
     proof: Proof
     time_s: float
     sentence: str
+    brief: str
     traceback_file: str | None
     exit_code: int
     deliberate: bool
@@ -120,6 +123,7 @@ def first_cause(errors: Sequence[Mapping[str, Any]], exits: Sequence[RankExit]) 
     return Cause(
         rank=first.rank,
         sentence=first.sentence if first.deliberate else _with_rank(first),
+        brief=first.brief,
         traceback_file=first.traceback_file,
         exit_code=first.exit_code,
         alike=tuple(sorted(alike)),
@@ -154,6 +158,7 @@ def _from_error(error: Mapping[str, Any]) -> _Failure:
         proof=Proof.LOST_PEER if lost_peer else Proof.OWN,
         time_s=float(error.get("time", 0.0)),
         sentence=sentence,
+        brief="lost its connection to another rank" if lost_peer else f"failed with {type_name}",
         traceback_file=error.get("traceback_file"),
         exit_code=exit_codes.of_error(type_name),
         deliberate=deliberate,
@@ -163,10 +168,11 @@ def _from_error(error: Mapping[str, Any]) -> _Failure:
 def _from_exit(ended: RankExit) -> _Failure:
     name = ended.signal_name
     if ended.why is not None:
-        sentence = ended.why
+        sentence, brief = ended.why, ended.why.partition(": ")[0]
     elif name is None:
-        sentence = f"ended with exit code {ended.code} without saying why"
+        sentence = brief = f"ended with exit code {ended.code} without saying why"
     else:
+        brief = f"was killed ({name})"
         sentence = f"was killed by signal {-ended.code} ({name})"
         if name in _SIGNAL_ADVICE:
             sentence = f"{sentence}, {_SIGNAL_ADVICE[name]}"
@@ -175,6 +181,7 @@ def _from_exit(ended: RankExit) -> _Failure:
         proof=Proof.ABORTED if exit_lost_peer(ended.code) else Proof.OWN,
         time_s=ended.time_s,
         sentence=sentence,
+        brief=brief,
         traceback_file=None,
         exit_code=exit_codes.FAILED,
         deliberate=False,

@@ -7,6 +7,7 @@ from pathlib import Path
 from everstep.cluster import exit_codes
 from everstep.cluster.causes import Cause
 from everstep.cluster.lifecycle import name_ranks
+from everstep.trainer.progress import clock_time
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -18,10 +19,14 @@ class Outcome:
     """Why it failed, where no rank failed on its own."""
     cause: Cause | None = None
     """Which rank failed first, where one did."""
+    not_again: str | None = None
+    """Why ranks that failed were not started again, where they might have been."""
     step: int | None = None
     """The last step that was reported."""
     saved_step: int | None = None
-    """The newest step that this start of the run saved."""
+    """The newest step that this start of the run made durable."""
+    sealed_step: int | None = None
+    """The newest step that rank 0 is known to have had in memory."""
 
 
 @dataclass(frozen=True)
@@ -32,8 +37,16 @@ class Line:
     is_error: bool = False
 
 
-def closing_lines(outcome: Outcome, logs: Path, world_size: int, again: str) -> list[Line]:
-    """The last lines of a run, the most important first; ``again`` is how to go on with it."""
+def closing_lines(
+    outcome: Outcome, logs: Path, world_size: int, again: str, *, kept_s: float = 0.0
+) -> list[Line]:
+    """The last lines of a run, the most important first.
+
+    Args:
+        logs: folder of the ranks' logs.
+        again: how to go on with it.
+        kept_s: how long keepers hold the snapshots of a run that failed.
+    """
     if outcome.exit_code == exit_codes.DONE:
         return []
     if outcome.exit_code == exit_codes.STOPPED:
@@ -42,9 +55,29 @@ def closing_lines(outcome: Outcome, logs: Path, world_size: int, again: str) -> 
         return [Line("stopped at once, without saving"), _go_on(outcome, again)]
     lines = [Line(f"error: {_what_failed(outcome, world_size)}", is_error=True)]
     lines += [Line(f"       {text}", is_error=True) for text in _where(outcome, logs)]
-    if outcome.saved_step is not None:
+    if outcome.not_again is not None:
+        lines.append(Line(f"       not started again: {outcome.not_again}", is_error=True))
+    sealed = outcome.sealed_step
+    if sealed is not None and kept_s > 0 and sealed > (outcome.saved_step or 0):
+        told = f"keepers hold step {sealed} in memory for {clock_time(kept_s)} from now on"
+        lines.append(Line(f"       {told}, to go on: {again}", is_error=True))
+    elif outcome.saved_step is not None:
         lines.append(Line(f"       {_go_on(outcome, again).text}", is_error=True))
     return lines
+
+
+def restart_line(cause: Cause | None, world_size: int, restart: int, max_restarts: int) -> str:
+    """What is told when all ranks start again, for the ``restart``-th time in a row."""
+    what = "ranks failed"
+    if cause is not None:
+        ranks = (cause.rank, *cause.alike)
+        who = "all ranks" if len(ranks) == world_size > 1 else name_ranks(ranks)
+        brief = cause.brief if len(ranks) == 1 else cause.brief.replace("was ", "were ", 1)
+        what = f"{who} {brief}"
+    return (
+        f"{what}: starting all ranks again from the newest saved step, restart {restart} of "
+        f"{max_restarts}"
+    )
 
 
 def _what_failed(outcome: Outcome, world_size: int) -> str:

@@ -1,4 +1,7 @@
-"""The controller of a run: feeds what happens to ``transition`` and executes what it decides."""
+"""The controller of a run: feeds what happens to ``transition`` and executes what it decides.
+
+Ranks that were killed are started again, each time from what was saved last (``lifecycle.py``).
+"""
 
 import contextlib
 import os
@@ -13,7 +16,7 @@ from rich.text import Text
 from everstep.checkpoint.errors import EverstepError
 from everstep.cluster import exit_codes
 from everstep.cluster.causes import error_lost_peer, exit_lost_peer, first_cause
-from everstep.cluster.closing import Outcome, closing_lines
+from everstep.cluster.closing import Outcome, closing_lines, restart_line
 from everstep.cluster.driver import (
     Broken,
     ClusterDriver,
@@ -22,6 +25,7 @@ from everstep.cluster.driver import (
     RankExit,
     Reported,
 )
+from everstep.cluster.keepers import base_job, keeper_names, keeper_options
 from everstep.cluster.lifecycle import (
     ENDINGS,
     Action,
@@ -31,6 +35,7 @@ from everstep.cluster.lifecycle import (
     RankEnded,
     RankFailed,
     RankStarted,
+    Restarted,
     State,
     StopAsked,
     Tick,
@@ -50,15 +55,17 @@ from everstep.trainer.rank_spec import RankSpec, Report
 
 _POLL_S = 0.1
 _LOGS_EVERY_S = 0.3
+_AT_ONCE_S = 2.0
 
 
 class Controller:
-    """Runs the ranks of one attempt to their end.
+    """Runs the ranks of a run to their end.
 
     Args:
         driver: where they run.
         job: the run, about to start.
         signals: entered; asks to stop are taken from it.
+        drill_kill_step: once this step has been done, kill all ranks, once; 0 = never.
     """
 
     def __init__(
@@ -70,6 +77,7 @@ class Controller:
         events: EventLog,
         tail: LogTail,
         signals: StopSignals,
+        drill_kill_step: int = 0,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._driver = driver
@@ -78,28 +86,26 @@ class Controller:
         self._events = events
         self._tail = tail
         self._signals = signals
+        self._drill_kill_step = drill_kill_step
         self._clock = clock
+        self._start_within_s = job.start_by_s - clock()
+        self._specs_for: Callable[[Placement], Sequence[RankSpec]] = lambda placement: []
         self._errors: list[Report] = []
         self._exits: list[RankExit] = []
         self._messages: set[str] = set()
         self._step: int | None = None
         self._saved_step: int | None = None
+        self._sealed_step: int | None = None
         self._logs_at_s = float("-inf")
 
     def run(self, specs_for: Callable[[Placement], Sequence[RankSpec]]) -> Outcome:
         """Place and start the ranks, and watch them until none is left. Raises LaunchError."""
-        began_s = self._clock()
+        self._specs_for = specs_for
         try:
             placement = self._driver.place(self._job.world_size, self._waiting)
-            self._events.append(
-                "placement",
-                store=placement.store,
-                device=placement.device,
-                seats=[asdict(seat) for seat in placement.seats],
-            )
-            start_by_s = self._job.start_by_s + self._clock() - began_s
-            self._job = replace(self._job, start_by_s=start_by_s)
+            self._note_placement(placement)
             self._driver.start(specs_for(placement))
+            self._job = replace(self._job, start_by_s=self._clock() + self._start_within_s)
             self._view.status(f"starting {self._job.world_size} ranks")
             while not self._job.over:
                 for asked in self._signals.take():
@@ -109,12 +115,69 @@ class Controller:
                 self._happen(Tick())
                 self._show_logs()
                 self._view.refresh(self._clock())
+            self._end_keepers()
         except PlacingAbandoned:
             pass  # nothing has begun; the job says how it ends
         finally:
             self._driver.close()
         self._show_logs(rest=True)
         return self._outcome()
+
+    def _note_placement(self, placement: Placement) -> None:
+        self._events.append(
+            "placement",
+            store=placement.store,
+            device=placement.device,
+            seats=[asdict(seat) for seat in placement.seats],
+        )
+
+    def _start_again(self) -> None:
+        """Start all ranks once more, where no rank is left of the attempt before."""
+        job = self._job
+        # What others raised when a rank was killed followed from that.
+        raised = job.raised if job.died else frozenset()
+        cause = first_cause(
+            [error for error in self._errors if error["rank"] not in raised],
+            [ended for ended in self._exits if ended.rank not in raised],
+        )
+        line = restart_line(cause, job.world_size, job.restarts, job.max_restarts)
+        self._view.line(line)
+        attempt = job.attempt + 1
+        self._events.append("restart", attempt=attempt, restart=job.restarts, reason=line)
+        try:
+            placement = self._driver.renew(self._waiting)
+            self._note_placement(placement)
+            specs = [
+                replace(spec, attempt=attempt, resume=self._resume_again(spec.resume))
+                for spec in self._specs_for(placement)
+            ]
+            self._errors, self._exits = [], []
+            self._driver.start(specs)
+        except EverstepError as error:
+            self._happen(LauncherBroke(str(error)))
+            return
+        self._happen(Restarted(self._clock() + self._start_within_s))
+        self._view.status(f"starting {job.world_size} ranks again")
+
+    def _end_keepers(self) -> None:
+        """After a run that failed they stay, if they hold anything for the next start."""
+        if self._job.state is State.FAILED and self._sealed_step is not None:
+            return
+        at_once = self._job.exit_code == exit_codes.INTERRUPTED
+        problems = self._driver.end_keepers(_AT_ONCE_S if at_once else self._job.grace_s)
+        for problem in [] if at_once else problems:  # it ends by itself when all is durable
+            self._view.line(f"warning: {problem}")
+
+    def _resume_again(self, resume: str) -> str:
+        """What to resume from: as asked for the first time, until this run has states of its own.
+
+        'never' holds where nothing was saved before, which ranks that trained have found out.
+        """
+        if self._saved_step is not None or self._sealed_step is not None:
+            return "auto"
+        if resume == "never" and self._step is not None:
+            return "auto"
+        return resume
 
     def _waiting(self, text: str) -> None:
         self._view.announce(text)
@@ -128,14 +191,14 @@ class Controller:
         match event:
             case Reported(rank, report):
                 self._take_in(rank, report)
-            case RankExit(rank=rank, code=code):
+            case RankExit(rank=rank, code=code, incurable=incurable):
                 if self._job.killed_at_s is None:
                     self._exits.append(event)
                 lost_peer = exit_lost_peer(code) or any(
                     error["rank"] == rank and error_lost_peer(error["type"], error["message"])
                     for error in self._errors
                 )
-                self._happen(RankEnded(rank, code, lost_peer))
+                self._happen(RankEnded(rank, code, lost_peer, incurable))
             case Broken(why):
                 self._happen(LauncherBroke(why))
 
@@ -154,9 +217,21 @@ class Controller:
         elif rank == 0:
             if kind == "step":
                 self._step = report["step"]
+                self._sealed_step = report.get("sealed")
+                self._drill(report["step"])
             elif kind == "saved":
                 self._saved_step = report["step"]
             self._view.show(report, self._clock())
+
+    def _drill(self, step: int) -> None:
+        if step != self._drill_kill_step:
+            return
+        self._drill_kill_step = 0
+        self._events.append("drill", step=step)
+        self._view.line(
+            f"drill: step {step} is done, and all ranks get killed (launch.drill_kill_step)"
+        )
+        self._driver.kill()
 
     def _show_message(self, rank: int, report: Report) -> None:
         """Every message of rank 0, and what only others say."""
@@ -179,8 +254,10 @@ class Controller:
                 self._driver.ask_stop()
             elif action is Action.DUMP_STACKS:
                 self._driver.dump_stacks()
-            else:
+            elif action is Action.KILL:
                 self._driver.kill()
+            else:
+                self._start_again()
         if self._job.state is State.RUNNING and before is State.STARTING:
             self._view.status("preparing the first step")
         elif self._job.state is State.STOPPING and before is not State.STOPPING:
@@ -208,8 +285,10 @@ class Controller:
             exit_code=exit_code,
             failure=job.failure,
             cause=cause,
+            not_again=job.not_again,
             step=self._step,
             saved_step=self._saved_step,
+            sealed_step=self._sealed_step,
         )
 
 
@@ -245,11 +324,13 @@ def run_controlled(
                         world_size=world_size,
                         grace_s=config.train.grace_s,
                         start_by_s=time.monotonic() + config.parallel.timeout_s,
+                        max_restarts=config.launch.max_restarts,
                     ),
                     view=view,
                     events=events,
                     tail=LogTail(_logs_to_follow(prepared, world_size), world_size),
                     signals=signals,
+                    drill_kill_step=config.launch.drill_kill_step,
                 )
                 outcome = controller.run(
                     lambda placement: rank_specs(config, prepared, resume, placement, launch)
@@ -258,7 +339,10 @@ def run_controlled(
             again = resume_command(
                 run_dir, world_size, launch=launch, submitted=os.environ.get(RESUBMIT_VARIABLE)
             )
-            _tell(outcome, view, errors, prepared, events, world_size, again)
+            kept_s = config.checkpoint.keeper_linger_s
+            if config.checkpoint.memory != "keeper":
+                kept_s = 0.0
+            _tell(outcome, view, errors, prepared, events, world_size, again, kept_s)
             return outcome.exit_code
     except EverstepError as error:
         say(errors, f"error: {error}")
@@ -291,6 +375,7 @@ def run_local(
             store_port=config.launch.port if store else None,
             threads=config.parallel.threads,
             inherit_fds=[prepared.lock.fileno()],
+            keep=keeper_options(config).keep,
         )
 
     return run_controlled(
@@ -314,6 +399,7 @@ def rank_specs(
 ) -> list[RankSpec]:
     """What each rank of the first attempt is told."""
     config_yaml = dump_config(config)
+    keepers = keeper_names(base_job(config, run_dir.path), placement.seats)
     return [
         RankSpec(
             config_yaml=config_yaml,
@@ -325,6 +411,7 @@ def rank_specs(
             attempt=0,
             resume=resume,
             store=placement.store,
+            keeper=keepers[rank],
             device=placement.device,
             launch=launch,
         )
@@ -358,8 +445,9 @@ def _tell(
     events: EventLog,
     world_size: int,
     again: str,
+    kept_s: float,
 ) -> None:
-    for line in closing_lines(outcome, run_dir.logs, world_size, again):
+    for line in closing_lines(outcome, run_dir.logs, world_size, again, kept_s=kept_s):
         if line.is_error:
             say(errors, line.text)
         else:

@@ -58,6 +58,8 @@ class RankExit:
     """When its end was noticed, as seconds since the epoch."""
     why: str | None = None
     """What is known beyond the code, to follow 'rank N': 'was lost with its node ...'."""
+    incurable: bool = False
+    """Started again, it would end in the same way."""
 
     @property
     def signal_name(self) -> str | None:
@@ -108,10 +110,25 @@ class ClusterDriver(Protocol):
         """Start all ranks of an attempt. Raises LaunchError."""
         ...
 
+    def renew(self, waiting: Waiting = wait_silently) -> Placement:
+        """Make the place ready for another ``start``, once the exits of all ranks were told.
+
+        Nothing that the ranks started is left then. They may have to go elsewhere: the placement
+        is the new one. What takes longer than a moment calls ``waiting``. Raises LaunchError.
+        """
+        ...
+
     def poll(self, timeout_s: float) -> list[DriverEvent]:
         """What happened since the last call; waits at most ``timeout_s`` for something to happen.
 
         Reports of one rank come in its order; its exit comes once, and last.
+        """
+        ...
+
+    def end_keepers(self, timeout_s: float) -> list[str]:
+        """End the keepers that hold snapshots of the ranks, once all ranks have ended.
+
+        Returns what went wrong, as sentences; waits at most ``timeout_s`` for each.
         """
         ...
 

@@ -13,6 +13,7 @@ import threading
 import time
 from collections.abc import Mapping, MutableMapping
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 
 from rich.console import Console
@@ -23,6 +24,7 @@ from everstep.cluster.causes import error_lost_peer, first_cause
 from everstep.cluster.closing import Outcome, closing_lines
 from everstep.cluster.controller import headline, say
 from everstep.cluster.errors import RankEnvironmentError
+from everstep.cluster.keepers import base_job, keeper_runs
 from everstep.cluster.lifecycle import Action, Event, Job, RankStarted, Tick, transition
 from everstep.cluster.local_driver import DEFAULT_TARGET, rank_log
 from everstep.cluster.log_text import framed_trace
@@ -54,6 +56,9 @@ def run_external(
     errors = error_console or Console(stderr=True)
     try:
         spec = rank_spec(environment, dump_config(config), run_dir, resume)
+        base = base_job(config, run_dir)
+        if base is not None and keeper_runs(base):
+            spec = replace(spec, keeper=base)
         environment.update(library_environment(environment, config.parallel.threads))
         with ExitStack() as stack:
             shown = _Shown(spec, errors)
@@ -62,6 +67,11 @@ def run_external(
                 shown.events = stack.enter_context(EventLog(prepared.events))
                 shown.view = stack.enter_context(ProgressView(console, config.name, live=False))
                 shown.view.line(headline(config, spec.world_size, run_dir))
+                if base is not None and spec.keeper is None:
+                    shown.view.line(
+                        "snapshots end with the ranks, as no keeper runs on this node: start one "
+                        f"on each first, with: everstep keeper start --job {base}"
+                    )
             watch = stack.enter_context(_Watch(config.train.grace_s, shown))
             code = work(target, spec, shown.report, watch.should_stop, shown.write_trace, shown.log)
         return shown.finish(code)

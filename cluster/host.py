@@ -8,6 +8,7 @@ import signal
 import socket
 import struct
 import sys
+from collections.abc import Collection
 from pathlib import Path
 
 _PR_SET_PDEATHSIG = 1
@@ -69,10 +70,10 @@ def children_of(pid: int) -> list[int]:
     return found
 
 
-def end_descendants() -> None:
-    """Kill children until there are none; needs ``adopt_orphans`` for those of the killed."""
+def end_descendants(keep: Collection[int] = ()) -> None:
+    """Kill children but ``keep`` until there are none; needs ``adopt_orphans`` for theirs."""
     for _ in range(_END_ROUNDS):
-        children = children_of(os.getpid())
+        children = [pid for pid in children_of(os.getpid()) if pid not in keep]
         if not children:
             return
         for pid in children:
@@ -97,15 +98,16 @@ def loopback_interface() -> str | None:
 
 def interface_of(address: str) -> str | None:
     """Name of the network interface that has an IPv4 address; None where none is found."""
-    for _, name in socket.if_nameindex():
-        with (
-            contextlib.suppress(OSError),
-            socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe,
-        ):
-            packed = struct.pack("256s", name.encode()[:15])
-            answer = fcntl.ioctl(probe.fileno(), _SIOCGIFADDR, packed)
-            if socket.inet_ntoa(answer[20:24]) == address:
-                return name
+    names = (name for _, name in socket.if_nameindex())
+    return next((name for name in names if address_of(name) == address), None)
+
+
+def address_of(interface: str) -> str | None:
+    """IPv4 address of a network interface; None where it has none, or is not there."""
+    with contextlib.suppress(OSError), socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        packed = struct.pack("256s", interface.encode()[:15])
+        answer = fcntl.ioctl(probe.fileno(), _SIOCGIFADDR, packed)
+        return socket.inet_ntoa(answer[20:24])
     return None
 
 

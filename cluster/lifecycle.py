@@ -4,10 +4,14 @@ The controller feeds it what happened, with the clock passed in, and executes th
 returns. Time is that of a monotonic clock, in seconds.
 
     STARTING ──all started──▶ RUNNING ──all done──▶ DONE
-        │                        │ ──asked──▶ STOPPING ──all ended──▶ STOPPED
-        └──────── first failure, or too late ────────┴──▶ FAILED
+       ▲ │                      │ ──asked──▶ STOPPING ──all ended──▶ STOPPED
+       │ └──── a rank failed ───┴───────────────┤
+       │                                        ▼
+    RESTARTING ◀──all gone, worth a try── FAILING ──all gone──▶ FAILED
 
-DONE, STOPPED and FAILED say how the run ends; it is over when no rank is left as well.
+DONE, STOPPED and FAILED say how the run ends; it is over when no rank is left as well. Starting
+again is worth a try when a rank was killed, or ranks only lost each other: what a rank raised by
+itself would come again.
 """
 
 from dataclasses import dataclass, replace
@@ -25,6 +29,8 @@ DEBOUNCE_S = 0.25
 """Wrappers of the command forward an interrupt that the terminal has sent to all already."""
 UNKILLABLE_S = 10.0
 """A killed rank that is still there after this is given up."""
+FORGIVEN_S = 600.0
+"""Restarts before ranks have run for so long count no longer."""
 
 
 class State(Enum):
@@ -33,6 +39,10 @@ class State(Enum):
     STARTING = "starting"
     RUNNING = "running"
     STOPPING = "stopping"
+    FAILING = "failing"
+    """A rank failed; when all are gone, they start again, or the run has failed."""
+    RESTARTING = "restarting"
+    """No rank is left, and all are about to start again."""
     DONE = "done"
     STOPPED = "stopped"
     FAILED = "failed"
@@ -47,6 +57,7 @@ class Action(Enum):
     ASK_STOP = "ask all ranks to finish their step, save and end"
     DUMP_STACKS = "have all ranks write their stacks to their logs"
     KILL = "end all ranks at once"
+    START_AGAIN = "start all ranks again, from what was saved last"
 
 
 @dataclass(frozen=True)
@@ -74,6 +85,16 @@ class RankEnded:
     """Exit code; -N when signal N killed it."""
     lost_peer: bool = False
     """It may have ended only because another rank is gone."""
+    incurable: bool = False
+    """Started again, it would end in the same way."""
+
+
+@dataclass(frozen=True)
+class Restarted:
+    """All ranks were started again, as RESTARTING asks for."""
+
+    start_by_s: float
+    """When all of them must have started."""
 
 
 @dataclass(frozen=True)
@@ -98,7 +119,7 @@ class Tick:
     """Time passed."""
 
 
-Event = RankStarted | RankFailed | RankEnded | StopAsked | LauncherBroke | Tick
+Event = RankStarted | RankFailed | RankEnded | Restarted | StopAsked | LauncherBroke | Tick
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -111,15 +132,29 @@ class Job:
     """When all ranks must have started."""
     debounce_s: float = DEBOUNCE_S
     """Interrupts closer together than this are one."""
+    max_restarts: int = 0
+    """How often in a row ranks are started again."""
+    attempt: int = 0
+    """Counts the starts of all ranks, from 0."""
+    restarts: int = 0
+    """Restarts in a row; one after ``FORGIVEN_S`` of running is the first of a new row."""
     state: State = State.STARTING
     exit_code: int | None = None
     """Set with the ending."""
     failure: str | None = None
     """Why the run failed, where no rank failed on its own."""
+    not_again: str | None = None
+    """Why ranks that failed were not started again, where they might have been."""
     started: frozenset[int] = frozenset()
     ended: frozenset[int] = frozenset()
     stopped: frozenset[int] = frozenset()
     """Ranks that ended because they were asked to."""
+    raised: frozenset[int] = frozenset()
+    """Ranks that failed in a way that would come again."""
+    died: frozenset[int] = frozenset()
+    """Ranks that something killed."""
+    running_since_s: float | None = None
+    failing_since_s: float | None = None
     asked_at_s: float | None = None
     """When somebody first asked to stop."""
     kill_at_s: float | None = None
@@ -150,53 +185,121 @@ def transition(job: Job, event: Event, now_s: float) -> Transition:
     """What follows for the job when ``event`` happens at ``now_s``."""
     match event:
         case RankStarted(rank):
-            return _started(job, rank)
+            return _started(job, rank, now_s)
         case RankFailed(rank, lost_peer):
+            if not lost_peer:
+                job = _blame(job, rank)
             return _failed(job, f"rank {rank} reported an error", lost_peer, now_s)
         case RankEnded():
             return _ended(job, event, now_s)
+        case Restarted(start_by_s):
+            return _restarted(job, start_by_s)
         case StopAsked():
             return _asked(job, event, now_s)
         case LauncherBroke(why):
             if job.state in ENDINGS:
                 return Transition(job)
-            return _kill(_fail(job, why), now_s, why)
+            failed = _fail(job, why)
+            ended = job.killed_at_s is not None or not job.left
+            return Transition(failed, reason=why) if ended else _kill(failed, now_s, why)
         case Tick():
             return _tick(job, now_s)
 
 
-def _started(job: Job, rank: int) -> Transition:
+def _started(job: Job, rank: int, now_s: float) -> Transition:
     job = replace(job, started=job.started | {rank})
     if job.state is not State.STARTING or len(job.started) < job.world_size:
         return Transition(job)
-    return Transition(replace(job, state=State.RUNNING), reason=f"all {job.world_size} ranks run")
+    running = replace(job, state=State.RUNNING, running_since_s=now_s)
+    return Transition(running, reason=f"all {job.world_size} ranks run")
+
+
+def _blame(job: Job, rank: int) -> Job:
+    """A rank failed by itself; nothing that happens after ranks were ended says so."""
+    if job.killed_at_s is not None:
+        return job
+    return replace(job, raised=job.raised | {rank}, died=job.died - {rank})
 
 
 def _failed(job: Job, why: str, lost_peer: bool, now_s: float) -> Transition:
-    """The first failure ends the run; ranks get a moment to say what they know about it."""
+    """The first failure ends the attempt; ranks get a moment to say what they know about it."""
     kill_at_s = now_s + (SETTLE_LOST_PEER_S if lost_peer else SETTLE_S)
-    if job.state is State.FAILED:
+    if job.state is State.FAILING:
         if job.kill_at_s is None:
             return Transition(job)
         return Transition(replace(job, kill_at_s=min(job.kill_at_s, kill_at_s)))
-    if job.state in ENDINGS:
+    if job.state in ENDINGS or job.state is State.RESTARTING:
         return Transition(job)
-    failed = replace(_fail(job, None), kill_at_s=kill_at_s)
-    return Transition(failed, reason=why)
+    failing = replace(job, state=State.FAILING, kill_at_s=kill_at_s, failing_since_s=now_s)
+    return Transition(failing, reason=why)
 
 
 def _ended(job: Job, event: RankEnded, now_s: float) -> Transition:
-    job = replace(job, ended=job.ended | {event.rank})
+    job, reason = replace(job, ended=job.ended | {event.rank}), ""
     if event.code == exit_codes.STOPPED:
         job = replace(job, stopped=job.stopped | {event.rank})
     elif event.code != exit_codes.DONE:
-        return _failed(job, f"rank {event.rank} ended ({event.code})", event.lost_peer, now_s)
-    if job.state in ENDINGS or job.left:
-        return Transition(job)
+        if not event.lost_peer:
+            job = _explain(job, event)
+        decided = _failed(job, f"rank {event.rank} ended ({event.code})", event.lost_peer, now_s)
+        job, reason = decided.job, decided.reason
+    if job.state in ENDINGS or job.state is State.RESTARTING or job.left:
+        return Transition(job, reason=reason)
+    if job.state is State.FAILING:
+        decided = _all_gone(job, now_s)
+        return replace(decided, reason="; ".join(filter(None, (reason, decided.reason))))
     if job.stopped:
         ending = replace(job, state=State.STOPPED, exit_code=exit_codes.STOPPED)
         return Transition(ending, reason="all ranks stopped as asked")
     return Transition(replace(job, state=State.DONE, exit_code=exit_codes.DONE), reason="all done")
+
+
+def _explain(job: Job, event: RankEnded) -> Job:
+    """What the end of a rank proves: that it was killed, or that it failed by itself."""
+    if event.code >= 0 or event.incurable:
+        return _blame(job, event.rank)
+    if job.killed_at_s is not None or event.rank in job.raised:
+        return job
+    return replace(job, died=job.died | {event.rank})
+
+
+def _all_gone(job: Job, now_s: float) -> Transition:
+    """Ranks have failed, and none is left: start again, or end."""
+    forgiven = job.running_since_s is not None and now_s - job.running_since_s >= FORGIVEN_S
+    restarts = 0 if forgiven else job.restarts
+    not_again = None
+    if job.raised and not job.died:
+        not_again = "an error that a rank raised itself would come again"
+    elif restarts >= job.max_restarts:
+        not_again = (
+            f"launch.max_restarts={job.max_restarts}, and ranks failed again after each restart"
+        )
+    if not_again is not None:
+        told = not_again if job.max_restarts else None
+        return Transition(replace(_fail(job, None), not_again=told), reason=not_again)
+    if job.asked_at_s is None:
+        again = replace(job, state=State.RESTARTING, restarts=restarts + 1)
+        reason = f"restart {again.restarts} of {job.max_restarts}"
+        return Transition(again, (Action.START_AGAIN,), reason)
+    if job.failing_since_s is not None and job.asked_at_s >= job.failing_since_s:
+        ending = replace(job, state=State.STOPPED, exit_code=exit_codes.STOPPED)
+        return Transition(ending, reason="asked to stop instead of starting again")
+    return Transition(_fail(job, None), reason="ranks failed while they were stopping")
+
+
+def _restarted(job: Job, start_by_s: float) -> Transition:
+    if job.state is not State.RESTARTING:
+        return Transition(job)
+    anew = Job(
+        world_size=job.world_size,
+        grace_s=job.grace_s,
+        start_by_s=start_by_s,
+        debounce_s=job.debounce_s,
+        max_restarts=job.max_restarts,
+        attempt=job.attempt + 1,
+        restarts=job.restarts,
+    )
+    return Transition(anew, reason=f"attempt {anew.attempt} begins")
 
 
 def _asked(job: Job, event: StopAsked, now_s: float) -> Transition:
@@ -205,6 +308,9 @@ def _asked(job: Job, event: StopAsked, now_s: float) -> Transition:
     if job.state is State.STARTING:
         ending = replace(asked, state=State.STOPPED, exit_code=exit_codes.STOPPED)
         return _kill(ending, now_s, f"{event.by} before the first step: there is nothing to save")
+    if job.state is State.RESTARTING:
+        ending = replace(asked, state=State.STOPPED, exit_code=exit_codes.STOPPED)
+        return Transition(ending, reason=f"{event.by} instead of starting again")
     if job.state is State.RUNNING:
         stopping = replace(asked, state=State.STOPPING, kill_at_s=now_s + job.grace_s)
         return Transition(
@@ -214,7 +320,8 @@ def _asked(job: Job, event: StopAsked, now_s: float) -> Transition:
     if job.state is State.STOPPING and event.insistent and again:
         ending = replace(job, state=State.STOPPED, exit_code=exit_codes.INTERRUPTED)
         return _kill(ending, now_s, f"{event.by} again: stop at once")
-    if job.state is State.FAILED and event.insistent and job.killed_at_s is None:
+    failing = job.state in (State.FAILING, State.FAILED)
+    if failing and event.insistent and job.killed_at_s is None:
         return _kill(asked, now_s)
     return Transition(asked)
 
@@ -227,6 +334,8 @@ def _tick(job: Job, now_s: float) -> Transition:
     if job.killed_at_s is not None:
         if job.left and now_s >= job.killed_at_s + UNKILLABLE_S:
             why = f"{name_ranks(job.left)} cannot be killed (waiting for a device?), given up"
+            if job.state is State.FAILING:
+                job = _fail(job, why)
             gone = frozenset(range(job.world_size))
             return Transition(replace(job, ended=gone, failure=job.failure or why), reason=why)
         return Transition(job)

@@ -12,7 +12,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -29,6 +29,7 @@ from everstep.cluster.driver import (
     wait_silently,
 )
 from everstep.cluster.errors import LaunchError
+from everstep.cluster.keepers import KeepFor, end_keepers
 from everstep.cluster.stop_signals import signals_held_back
 from everstep.cluster.worker_shell import DUMP_SIGNAL
 from everstep.trainer.rank_spec import RankSpec
@@ -39,7 +40,14 @@ START_LOG_NAME = "start.log"
 _STORE = "store"
 _STORE_TARGET = "everstep.cluster.rendezvous:serve"
 _CLOSE_LIMIT_S = 5.0
+_CLEAR_LIMIT_S = 20.0
+_SHORT_WAIT_S = 1.0
+_WAIT_S = 0.05
 _READ_BYTES = 1 << 16
+
+
+def _no_keeper(job: str) -> None:
+    raise LaunchError(f"a rank was told of keeper {job}, and nothing here starts keepers")
 
 
 @dataclass
@@ -64,6 +72,7 @@ class LocalDriver:
         threads: CPU threads per rank, or 'auto'.
         inherit_fds: descriptors that stay open as long as any process of this driver lives.
         interface: network interface that gloo uses; None = gloo chooses.
+        keep: starts the keepers that specs name, where they do not run yet.
         start_log: file in ``logs`` for what is written before there are ranks.
     """
 
@@ -77,6 +86,7 @@ class LocalDriver:
         threads: int | str = "auto",
         inherit_fds: Sequence[int] = (),
         interface: str | None = host.loopback_interface(),
+        keep: KeepFor = _no_keeper,
         start_log: str = START_LOG_NAME,
     ) -> None:
         self._logs = logs
@@ -87,6 +97,8 @@ class LocalDriver:
         self._inherit_fds = list(inherit_fds)
         self._interface = interface
         self._start_log = start_log
+        self._keep = keep
+        self._keepers: list[str] = []
         self._selector = selectors.DefaultSelector()
         self._zygote: subprocess.Popen[bytes] | None = None
         self._control: socket.socket | None = None
@@ -94,6 +106,9 @@ class LocalDriver:
         self._processes: dict[str, _Process] = {}
         self._ending = False
         self._stop_asked = False
+        self._placement: Placement | None = None
+        self._cleared = False
+        self._late: list[DriverEvent] = []
 
     @property
     def start_log(self) -> Path:
@@ -119,24 +134,48 @@ class LocalDriver:
             Seat(host=hostname, local_rank=rank, local_world_size=world_size)
             for rank in range(world_size)
         ]
-        return Placement(seats=tuple(seats), store=store)
+        self._placement = Placement(seats=tuple(seats), store=store)
+        return self._placement
 
     def start(self, specs: Sequence[RankSpec]) -> None:
-        """Fork all ranks as soon as the imports are done."""
+        """Fork all ranks as soon as the imports are done, and keepers run. Raises KeeperError."""
+        self._keepers = sorted({spec.keeper for spec in specs if spec.keeper is not None})
+        for job in self._keepers:
+            self._keep(job)
         for spec in specs:
             order = {"target": self._target, "rank": spec.rank, "spec": asdict(spec)}
             log = rank_log(self._logs, spec.rank)
             self._fork(f"rank {spec.rank}", spec.rank, order, log, [])
 
+    def renew(self, waiting: Waiting = wait_silently) -> Placement:
+        """End what the ranks left; the store and the process that forks ranks stay."""
+        self._ending = self._stop_asked = self._cleared = False
+        self._ask_zygote({"op": "clear", "but": [_STORE]})
+        began_s = time.monotonic()
+        while not self._cleared:
+            waited_s = time.monotonic() - began_s
+            if waited_s > _SHORT_WAIT_S:
+                waiting("ending what the ranks have left")
+            if waited_s > _CLEAR_LIMIT_S:
+                raise LaunchError(
+                    f"what the ranks have started did not end within {_CLEAR_LIMIT_S:g} seconds "
+                    "(waiting for a device?): end it, and start this command again"
+                )
+            if self._control is None or self._placement is None:
+                raise LaunchError(f"the process that starts ranks ended: see {self.start_log}")
+            self._late += self._select(_WAIT_S)
+        assert self._placement is not None
+        return self._placement
+
     def poll(self, timeout_s: float) -> list[DriverEvent]:
         """Reports and exits since the last call."""
-        events: list[DriverEvent] = []
-        for key, _ in self._selector.select(timeout_s):
-            if key.data is None:
-                events += self._hear_zygote()
-            elif key.data in self._processes:
-                events += self._hear(key.data)
-        return events
+        late, self._late = self._late, []
+        return late + self._select(0 if late else timeout_s)
+
+    def end_keepers(self, timeout_s: float) -> list[str]:
+        """End those that ranks were told of."""
+        keepers, self._keepers = self._keepers, []
+        return end_keepers(keepers, timeout_s)
 
     def ask_stop(self) -> None:
         """Tell every rank, also those that are not there yet."""
@@ -180,6 +219,15 @@ class LocalDriver:
         with contextlib.suppress(OSError):
             if self.start_log.stat().st_size == 0:
                 self.start_log.unlink()
+
+    def _select(self, timeout_s: float) -> list[DriverEvent]:
+        events: list[DriverEvent] = []
+        for key, _ in self._selector.select(timeout_s):
+            if key.data is None:
+                events += self._hear_zygote()
+            elif key.data in self._processes:
+                events += self._hear(key.data)
+        return events
 
     def _start_zygote(self, world_size: int) -> None:
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
@@ -229,9 +277,12 @@ class LocalDriver:
         self._selector.register(ours, selectors.EVENT_READ, name)
 
     def _signal(self, signum: signal.Signals) -> None:
+        self._ask_zygote({"op": "signal", "signal": signum, "but": [_STORE]})
+
+    def _ask_zygote(self, request: Mapping[str, object]) -> None:
         if self._control is not None:
             with contextlib.suppress(OSError):
-                self._control.send(json.dumps({"op": "signal", "signal": signum}).encode())
+                self._control.send(json.dumps(request).encode())
 
     def _hear_zygote(self) -> list[DriverEvent]:
         assert self._control is not None
@@ -244,6 +295,8 @@ class LocalDriver:
         message = json.loads(data)
         if "ready" in message:
             self._ready = True
+        elif "cleared" in message:
+            self._cleared = True
         elif "forked" in message:
             process = self._processes[message["forked"]]
             process.pid = message["pid"]

@@ -37,6 +37,10 @@ def actor_class() -> Any:
             return self._host.take(seen, wait_s)
 
         @ray.method(concurrency_group="control")
+        def end_keeper(self, job: str, timeout_s: float) -> list[str]:
+            return self._host.end_keeper(job, timeout_s)
+
+        @ray.method(concurrency_group="control")
         def ask(self, what: str) -> None:
             self._host.ask(what)
 

@@ -13,11 +13,11 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from everstep.cluster import rendezvous
+from everstep.cluster import host, rendezvous
 from everstep.cluster.driver import (
     Broken,
     DriverEvent,
@@ -29,6 +29,7 @@ from everstep.cluster.driver import (
 )
 from everstep.cluster.errors import LaunchError
 from everstep.cluster.helper import Helper
+from everstep.cluster.keepers import NO_KEEPERS, KeeperOptions
 from everstep.cluster.local_driver import DEFAULT_PRELOAD, DEFAULT_TARGET, START_LOG_NAME
 from everstep.cluster.ray_actors import KILL_S, actor_class, kill_actors
 from everstep.cluster.ray_cluster import RayCluster, answers, within
@@ -44,7 +45,7 @@ from everstep.cluster.ray_plan import (
     why_it_died,
 )
 from everstep.cluster.ray_worker import HostSetup, installed_versions, start_log_name
-from everstep.cluster.shared_dir import remove_token, wait_for_ranks, write_token
+from everstep.cluster.shared_dir import ENDING_S, remove_token, wait_for_ranks, write_token
 from everstep.trainer.config import LaunchConfig
 from everstep.trainer.rank_spec import RankSpec
 
@@ -58,6 +59,7 @@ _SHORT_WAIT_S = 2.0
 _LOOK_S = 3.0
 _LOOK_EVERY_S = 0.3
 _CLOSE_S = 5.0
+_FORGET_S = 120.0
 RAY_LOG_NAME = "ray.log"
 _STORE_TARGET = "everstep.cluster.rendezvous:serve"
 
@@ -70,6 +72,7 @@ class _Rank:
     node: Node
     pending: Any
     """Its call that waits for messages."""
+    keeper: str | None
     seen: int = 0
     silent_since_s: float | None = None
 
@@ -84,6 +87,7 @@ class RayDriver:
         launch: what to ask of the cluster.
         gpus_per_rank: 0, or 1 where ranks run on GPUs.
         threads: CPU threads per rank, or 'auto'.
+        keepers: how keepers are started on nodes, where specs name them.
         target: "module:function" that a rank runs.
         preload: modules that are imported before a rank begins.
         store: ranks need a rendezvous store.
@@ -99,6 +103,7 @@ class RayDriver:
         launch: LaunchConfig,
         gpus_per_rank: int = 0,
         threads: int | str = "auto",
+        keepers: KeeperOptions = NO_KEEPERS,
         target: str = DEFAULT_TARGET,
         preload: Sequence[str] = DEFAULT_PRELOAD,
         store: bool = True,
@@ -110,6 +115,9 @@ class RayDriver:
         self._launch = launch
         self._gpus_per_rank = gpus_per_rank
         self._threads = threads
+        self._keepers = keepers
+        self._retired: dict[str, Any] = {}
+        """An actor on the node of each keeper, whose rank has ended."""
         self._target = target
         self._preload = list(preload)
         self._wants_store = store
@@ -121,6 +129,7 @@ class RayDriver:
         self._rank_nodes: list[Node] = []
         self._store: Helper | None = None
         self._token: str | None = None
+        self._placement: Placement | None = None
         self._ranks: dict[int, _Rank] = {}
         self._metrics: RunMetrics | None = None
         self._broken = False
@@ -140,7 +149,8 @@ class RayDriver:
         store = self._start_store() if self._wants_store else None
         self._metrics = RunMetrics(self._name)
         device = "cuda:0" if self._gpus_per_rank else "cpu"
-        return Placement(seats=seats, store=store, device=device)
+        self._placement = Placement(seats=seats, store=store, device=device)
+        return self._placement
 
     def start(self, specs: Sequence[RankSpec]) -> None:
         """Create an actor for every rank."""
@@ -151,6 +161,9 @@ class RayDriver:
         versions = installed_versions()
         one_host = len({node.address for node in self._rank_nodes}) == 1
         path = [entry or os.getcwd() for entry in sys.path]
+        keepers = self._keepers
+        if one_host and len({spec.keeper for spec in specs}) > 1 and keepers.interface is None:
+            keepers = replace(keepers, interface=host.loopback_interface())
         for spec in specs:
             node = self._rank_nodes[spec.rank]
             setup = HostSetup(
@@ -163,10 +176,12 @@ class RayDriver:
                 target=self._target,
                 preload=self._preload,
                 threads=self._threads,
+                keepers=asdict(keepers),
                 silence_s=self._silence_s,
             )
+            again = f"/attempt-{spec.attempt}" if spec.attempt else ""
             actor = rank_class.options(
-                name=f"everstep/{self._name}/rank-{spec.rank}",
+                name=f"everstep/{self._name}/rank-{spec.rank}{again}",
                 num_cpus=self._bundle.get("CPU", 0),
                 num_gpus=self._bundle.get("GPU", 0),
                 resources={k: v for k, v in self._bundle.items() if k not in ("CPU", "GPU")},
@@ -177,7 +192,23 @@ class RayDriver:
                 ),
             ).remote(path, asdict(setup), asdict(spec) | {"run_dir": str(self._run_dir)})
             actor.run.remote()
-            self._ranks[spec.rank] = _Rank(actor, node, actor.take.remote(0, _TAKE_S))
+            self._ranks[spec.rank] = _Rank(actor, node, actor.take.remote(0, _TAKE_S), spec.keeper)
+
+    def renew(self, waiting: Waiting = wait_silently) -> Placement:
+        """Wait until the old ranks' processes are gone; places on dead nodes are found anew."""
+        assert self._placement is not None
+        self.kill()
+        self._let_go()
+        self._free_run_dir(waiting)
+        if not all(map(_node_answers, self._rank_nodes)):
+            self._give_group_back()
+            self._forget_dead_nodes(waiting)
+            self._reserve(len(self._rank_nodes), waiting)
+        self._ending = False
+        self._look_until_s = float("-inf")
+        seats = seats_of(self._rank_nodes, self._launch.failure_domain_label)
+        self._placement = replace(self._placement, seats=seats)
+        return self._placement
 
     def poll(self, timeout_s: float) -> list[DriverEvent]:
         """Reports and exits since the last call."""
@@ -198,6 +229,21 @@ class RayDriver:
             events += self._hear(ranks[reference])
         return events
 
+    def end_keepers(self, timeout_s: float) -> list[str]:
+        """Ask on each node the actor of a rank that has ended there."""
+        import ray
+
+        calls = {
+            job: actor.end_keeper.remote(job, timeout_s) for job, actor in self._retired.items()
+        }
+        problems = []
+        for job, call in calls.items():
+            try:
+                problems += ray.get(call, timeout=timeout_s + KILL_S)
+            except ray.exceptions.RayError as error:
+                problems.append(f"keeper {job} was not ended ({type(error).__name__})")
+        return problems
+
     def ask_stop(self) -> None:
         """Tell every rank, also those that are not there yet."""
         self._ask("stop")
@@ -214,7 +260,7 @@ class RayDriver:
     def close(self) -> None:
         """End the actors, wait until their ranks are gone, give everything back, and leave."""
         self.kill()
-        self._ranks = {}
+        self._let_go()
         if self._token is not None:
             remove_token(self._run_dir)
             wait_for_ranks(self._run_dir, _CLOSE_S)
@@ -223,14 +269,14 @@ class RayDriver:
             self._store.close(_CLOSE_S)
             self._store = None
         self._remove_empty_logs()
-        if self._group is not None:
-            from ray.util.placement_group import remove_placement_group
-
-            group, self._group = self._group, None
-            within(KILL_S, lambda: remove_placement_group(group))
+        self._give_group_back()
         if self._cluster is not None:
             self._cluster.leave()
             self._cluster = None
+
+    def _let_go(self) -> None:
+        kill_actors(list(self._retired.values()))
+        self._ranks, self._retired = {}, {}
 
     def _reserve(self, world_size: int, waiting: Waiting) -> None:
         from ray.util.placement_group import placement_group, placement_group_table
@@ -264,6 +310,40 @@ class RayDriver:
             raise LaunchError("a node of the Ray cluster died meanwhile: start again") from error
         self._order = rank_order(bundle_nodes, self._launch.failure_domain_label)
         self._rank_nodes = [bundle_nodes[bundle] for bundle in self._order]
+
+    def _free_run_dir(self, waiting: Waiting) -> None:
+        remove_token(self._run_dir)
+        began_s = time.monotonic()
+        while not wait_for_ranks(self._run_dir, _POLL_S):
+            waited_s = time.monotonic() - began_s
+            if waited_s > _SHORT_WAIT_S:
+                waiting("waiting for the end of the ranks' processes")
+            if waited_s > ENDING_S:
+                raise LaunchError(
+                    f"ranks still hold the run directory {self._run_dir} {ENDING_S:g} seconds "
+                    "after they were ended: start this command again when their node is back or "
+                    "gone for good"
+                )
+
+    def _give_group_back(self) -> None:
+        if self._group is not None:
+            from ray.util.placement_group import remove_placement_group
+
+            group, self._group = self._group, None
+            within(KILL_S, lambda: remove_placement_group(group))
+
+    def _forget_dead_nodes(self, waiting: Waiting) -> None:
+        """Wait until Ray knows which nodes are dead: it would put ranks there again."""
+        assert self._cluster is not None
+        deadline_s = time.monotonic() + _FORGET_S
+        while dead := [node for node in self._cluster.nodes() if not _node_answers(node)]:
+            waiting(f"waiting until Ray gives up node {dead[0].name}")
+            if time.monotonic() > deadline_s:
+                raise LaunchError(
+                    f"node {dead[0].name} does not answer, and Ray has not given it up within "
+                    f"{_FORGET_S:g} seconds: end that node, or start this command again later"
+                )
+            time.sleep(_POLL_S)
 
     def _start_store(self) -> str:
         assert self._cluster is not None
@@ -328,11 +408,18 @@ class RayDriver:
             else:
                 events.append(RankExit(rank=number, code=message["exit"], time_s=message["time"]))
                 del self._ranks[number]
-                kill_actors([rank.actor])
+                self._retire(rank)
                 return events
         rank.seen += len(messages)
         rank.pending = rank.actor.take.remote(rank.seen, _TAKE_S)
         return events
+
+    def _retire(self, rank: _Rank) -> None:
+        """A rank has ended: one actor per keeper stays, to end that."""
+        if rank.keeper is None or rank.keeper in self._retired:
+            kill_actors([rank.actor])
+        else:
+            self._retired[rank.keeper] = rank.actor
 
     def _unreachable(self, number: int) -> list[DriverEvent]:
         """Its node may have died, or only the way to it: ask until that is clear."""
@@ -355,14 +442,15 @@ class RayDriver:
         rank = self._ranks.pop(number)
         if self._ending:
             return _lost(number, None)
+        begun = not getattr(error, "actor_init_failed", False)
         why = why_it_died(
             str(error),
             rank.node,
             node_answers=_node_answers(rank.node),
-            begun=not getattr(error, "actor_init_failed", False),
+            begun=begun,
             out_of_memory=isinstance(error, ray.exceptions.OutOfMemoryError),
         )
-        return _lost(number, why)
+        return _lost(number, why, incurable=not begun)
 
     def _ask(self, what: str) -> None:
         for rank in self._ranks.values():
@@ -373,5 +461,7 @@ def _node_answers(node: Node) -> bool:
     return answers(f"{node.address}:{node.port}")
 
 
-def _lost(rank: int, why: str | None) -> RankExit:
-    return RankExit(rank=rank, code=-signal.SIGKILL, time_s=time.time(), why=why)
+def _lost(rank: int, why: str | None, *, incurable: bool = False) -> RankExit:
+    return RankExit(
+        rank=rank, code=-signal.SIGKILL, time_s=time.time(), why=why, incurable=incurable
+    )

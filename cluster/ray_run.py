@@ -13,6 +13,7 @@ from everstep.checkpoint.errors import EverstepError
 from everstep.cluster import exit_codes
 from everstep.cluster.controller import run_controlled, say
 from everstep.cluster.driver import ClusterDriver, PlacingAbandoned, Waiting
+from everstep.cluster.keepers import keeper_options
 from everstep.cluster.ray_cluster import RayCluster, join
 from everstep.cluster.ray_driver import RAY_LOG_NAME, RayDriver
 from everstep.cluster.ray_nodes import NodePlan, OwnRay
@@ -143,6 +144,7 @@ def _driver(
         launch=config.launch,
         gpus_per_rank=int(on_gpus),
         threads=config.parallel.threads,
+        keepers=keeper_options(config),
     )
 
 

@@ -15,7 +15,7 @@ import queue
 import threading
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ from everstep.checkpoint.errors import EverstepError
 from everstep.cluster import exit_codes, host
 from everstep.cluster.driver import Broken, DriverEvent, RankExit, Reported
 from everstep.cluster.errors import LaunchError
+from everstep.cluster.keepers import KeeperOptions, end_keepers
 from everstep.cluster.local_driver import START_LOG_NAME, LocalDriver, rank_log
 from everstep.cluster.log_text import framed_trace
 from everstep.cluster.ray_plan import version_difference
@@ -54,6 +55,8 @@ class HostSetup:
     target: str
     preload: Sequence[str]
     threads: int | str
+    keepers: Mapping[str, Any]
+    """Fields of ``KeeperOptions``."""
     silence_s: float
     """The rank ends when its controller has not asked for its reports for so long."""
 
@@ -117,6 +120,10 @@ class RankHost:
             os._exit(exit_codes.FAILED)  # the rank's processes end with this one
         self._asked.put(what)
 
+    def end_keeper(self, job: str, timeout_s: float) -> list[str]:
+        """End a keeper of this node; what went wrong, if it did."""
+        return end_keepers([job], timeout_s)
+
     @property
     def _logs(self) -> Path:
         return Path(self._spec.run_dir) / "logs"
@@ -134,6 +141,7 @@ class RankHost:
     def _run(self) -> None:
         setup, spec = self._setup, self._spec
         held = None if setup.token is None else hold_for_rank(Path(spec.run_dir))
+        interface = host.interface_of(setup.address)
         driver = LocalDriver(
             self._logs,
             target=setup.target,
@@ -141,9 +149,8 @@ class RankHost:
             store_port=None,
             threads=setup.threads,
             inherit_fds=[] if held is None else [held],
-            interface=host.loopback_interface()
-            if setup.one_host
-            else host.interface_of(setup.address),
+            interface=host.loopback_interface() if setup.one_host else interface,
+            keep=self._keeper_options(interface).keep,
             start_log=start_log_name(spec.rank),
         )
         try:
@@ -155,6 +162,13 @@ class RankHost:
             if held is not None:
                 os.close(held)
         self._put(ended)
+
+    def _keeper_options(self, interface: str | None) -> KeeperOptions:
+        """With the node's own interface for the data plane, where ranks are on several hosts."""
+        options = KeeperOptions(**self._setup.keepers)
+        if options.interface is None and not self._setup.one_host:
+            return replace(options, interface=interface)
+        return options
 
     def _serve(self, driver: LocalDriver) -> RankExit:
         while True:

@@ -21,11 +21,9 @@ from everstep.checkpoint.errors import DirectoryInUseError
 from everstep.checkpoint.lock import DirectoryLock
 from everstep.cluster.errors import RunDirError
 from everstep.cluster.local_driver import START_LOG_NAME, rank_log
-from everstep.cluster.shared_dir import wait_for_ranks
+from everstep.cluster.shared_dir import ENDING_S, wait_for_ranks
 
 LOCK_NAME = "lock"
-ENDING_S = 20.0
-"""How long the next run waits for the ranks of a launcher that was killed."""
 
 
 @dataclass(frozen=True)

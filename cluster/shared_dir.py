@@ -16,6 +16,8 @@ from everstep.cluster.errors import LaunchError
 
 TOKEN_NAME = ".token"
 RANKS_LOCK_NAME = "ranks.lock"
+ENDING_S = 20.0
+"""How long is waited for ranks whose controller has ended, or that were killed."""
 SEEN_WITHIN_S = 10.0
 """Network file systems may show a new file only after a while."""
 

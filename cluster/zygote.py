@@ -6,10 +6,15 @@ It belongs to one controller and outlives neither it nor its own children:
 - ranks die with it (their parent-death signal is set to it),
 - what ranks leave behind is adopted by it and ended with it.
 
-The socket carries packets of JSON. Requests are ``{"op": "fork", "name": ..., "log": ...}`` with
-the process's own socket (and what else it needs) as file descriptors, and ``{"op": "signal",
-"signal": N}`` for all processes. It answers ``{"ready": true}`` after the imports, then
-``{"forked": name, "pid": N}`` and ``{"ended": name, "code": N}``.
+The socket carries packets of JSON. Requests are
+
+- ``{"op": "fork", "name": ..., "log": ...}``, with the process's own socket (and what else it
+  needs) as file descriptors,
+- ``{"op": "signal", "signal": N, "but": [name, ...]}`` for all processes but those named,
+- ``{"op": "clear", "but": [name, ...]}``, which ends these and whatever they left.
+
+It answers ``{"ready": true}`` after the imports, then ``{"forked": name, "pid": N}``, ``{"ended":
+name, "code": N}`` and ``{"cleared": true}``.
 
 Why not ``multiprocessing``'s fork server: its import phase is interrupted by Ctrl-C, its exit codes
 pass through one more process, it re-imports the caller's main module in every child, and it brings
@@ -122,8 +127,12 @@ def _serve(control: socket.socket, wake: socket.socket, parent_pid: int) -> Fork
                 break
             request = json.loads(data)
             if request["op"] == "signal":
-                for pid in names:
-                    os.kill(pid, request["signal"])
+                for pid, name in names.items():
+                    if name not in request["but"]:
+                        os.kill(pid, request["signal"])
+            elif request["op"] == "clear":
+                host.end_descendants({pid for pid in names if names[pid] in request["but"]})
+                _send(control, {"cleared": True})
             elif request["op"] == "fork":
                 zygote_pid = os.getpid()
                 pid = _fork()

@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from everstep.checkpoint.checkpointer import Checkpointer
     from everstep.checkpoint.errors import EverstepError
+    from everstep.checkpoint.keeper.client import KeeperMemory
+    from everstep.checkpoint.torch_collective import ProcessGroupCollective
     from everstep.checkpoint.torch_state import State
     from everstep.trainer.config import RunConfig
     from everstep.trainer.config_load import dump_config, load_config
@@ -20,18 +22,22 @@ _HOME = {
     "Checkpointer": "everstep.checkpoint.checkpointer",
     "ConfigError": "everstep.trainer.errors",
     "EverstepError": "everstep.checkpoint.errors",
+    "KeeperMemory": "everstep.checkpoint.keeper.client",
+    "ProcessGroupCollective": "everstep.checkpoint.torch_collective",
     "RunConfig": "everstep.trainer.config",
     "State": "everstep.checkpoint.torch_state",
     "dump_config": "everstep.trainer.config_load",
     "load_config": "everstep.trainer.config_load",
 }
 """Public name -> module that defines it."""
-_NEEDS_TORCH = {"Checkpointer", "State"}
+_NEEDS_TORCH = {"Checkpointer", "ProcessGroupCollective", "State"}
 
 __all__ = [
     "Checkpointer",
     "ConfigError",
     "EverstepError",
+    "KeeperMemory",
+    "ProcessGroupCollective",
     "RunConfig",
     "State",
     "__version__",

@@ -111,6 +111,7 @@ def submit(
 
 _STATUS_EPILOG = """\b
 Examples:
+  everstep status runs/demo                     a run on this host, and what its keepers hold
   everstep status --address http://head:8265
   everstep status everstep-demo-20261122-0130-ab12
   everstep status --json | jq '.[] | select(.state == "running") | .id'
@@ -119,12 +120,21 @@ Examples:
 
 def status(
     job_id: Annotated[
-        str | None, typer.Argument(metavar="[ID]", help="One job in detail; default: all.")
+        str | None,
+        typer.Argument(
+            metavar="[ID|RUN_DIR]",
+            help="One job in detail, or a run directory on this host; default: all jobs.",
+        ),
     ] = None,
     address: Address = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON, for programs.")] = False,
 ) -> None:
-    """List the runs that were submitted to a cluster, or show one."""
+    """List the runs that were submitted to a cluster, or show one; or a run on this host."""
+    if job_id is not None and (os.sep in job_id or Path(job_id).is_dir()):
+        from everstep.run_status import show_run
+
+        show_run(Path(job_id), as_json=as_json)
+        return
     from everstep.jobs import status as show
 
     show(job_id, address=address, as_json=as_json, environment=os.environ)

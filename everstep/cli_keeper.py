@@ -60,6 +60,14 @@ def start(
     linger_s: Annotated[
         float, typer.Option(min=0, metavar="S", help="How long to stay without trainers.")
     ] = 900.0,
+    interface: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME",
+            help="Network interface, such as eth0, on which keepers of the job's other nodes and "
+            "their trainers may read snapshots (those that know the job's token); default: none.",
+        ),
+    ] = None,
     foreground: Annotated[
         bool, typer.Option("--foreground", help="Do not detach; log to stderr.")
     ] = False,
@@ -75,9 +83,13 @@ def start(
         where.make()
         if where.is_held():
             raise KeeperError(f"the keeper of job {job} is running already, in {where.path}")
-        command = control.command_line(where, budget_bytes=budget_bytes, linger_s=linger_s)
+        command = control.command_line(
+            where, budget_bytes=budget_bytes, linger_s=linger_s, interface=interface
+        )
         os.execve(command[0], command, control.environment())
-    started = control.start(job, place=place, budget_bytes=budget_bytes, linger_s=linger_s)
+    started = control.start(
+        job, place=place, budget_bytes=budget_bytes, linger_s=linger_s, interface=interface
+    )
     found = control.status(job, place=place)
     how = "has started" if started else "is running already"
     budget = f", budget {size_words(found['budget_bytes'])}" if found else ""
@@ -111,6 +123,7 @@ def stop(
     epilog="""\b
 Examples:
   everstep keeper status
+  everstep keeper status --job run7
   everstep keeper status --json | jq '.[].flushes.last'
 
 \b

@@ -73,6 +73,9 @@ class Facts:
     gpus: tuple[machine.Gpu, ...]
     visible_gpus: int
     infiniband: bool
+    numa_bytes: tuple[int, ...]
+    """Memory of each NUMA node."""
+    interfaces: tuple[machine.Interface, ...]
     disk: machine.Disk
 
 
@@ -105,6 +108,8 @@ def gather(run_root: Path) -> Facts:
         gpus=machine.read_gpus(),
         visible_gpus=machine.count_gpus(),
         infiniband=machine.has_infiniband(),
+        numa_bytes=machine.read_numa(),
+        interfaces=machine.read_interfaces(),
         disk=machine.read_disk(run_root),
     )
 

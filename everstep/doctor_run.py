@@ -13,6 +13,7 @@ from everstep.doctor import (
     report,
     report_console,
 )
+from everstep.doctor_snapshots import diagnose_snapshots
 from everstep.trainer.config import RunConfig
 from everstep.trainer.config_load import load_config
 from everstep.trainer.errors import ConfigError, DataError
@@ -25,12 +26,11 @@ from everstep.trainer.mesh_shape import (
     world_size_of,
 )
 from everstep.trainer.model_shape import resolve_model
+from everstep.trainer.snapshot_memory import SAVED_BYTES_PER_PARAMETER, snapshot_memory
 from everstep.words import size_words
 
 TRAINED_BYTES_PER_PARAMETER = 16
 """fp32 parameter, gradient and both moments of AdamW."""
-SAVED_BYTES_PER_PARAMETER = 12
-"""fp32 parameter and both moments."""
 
 
 def examine_run(ref: str, overrides: Sequence[str]) -> int:
@@ -55,11 +55,15 @@ def diagnose_run(config: RunConfig, facts: Facts) -> list[Finding]:
     findings.insert(0, _ranks(config, shape, device, facts))
     if config.model.factory is None and vocab_size is not None:
         try:
-            parameters = resolve_model(config.model, vocab_size).parameters
+            model = resolve_model(config.model, vocab_size)
+            snapshots = snapshot_memory(config, model, shape, shape.world_size)
         except ConfigError as error:
             return [Finding("config", Status.FAIL, config.name, str(error)), *findings]
-        findings.append(_training_memory(parameters, shape, device, facts))
-        findings.append(_checkpoint_space(parameters, config, facts))
+        training = _training_memory(model.parameters, shape, device, facts)
+        findings += [training, _checkpoint_space(model.parameters, config, facts)]
+        if snapshots is not None:
+            on_host = 0 if device == "cuda" else _host_bytes(model.parameters, shape)
+            findings += diagnose_snapshots(config, snapshots, shape, on_host, device, facts)
     return findings
 
 
@@ -106,7 +110,7 @@ def _training_memory(parameters: int, shape: MeshShape, device: str, facts: Fact
         found = f"{size_words(per_rank)} of state per GPU, and activations"
         have, need = min(memories, default=None), per_rank
     else:
-        need = per_replica * shape.dp_replicate
+        need = _host_bytes(parameters, shape)
         found = f"{size_words(need)} of state in all ranks, and activations"
         available = facts.memory.available_bytes
         have = min(available, facts.memory.limit_bytes or available)
@@ -114,6 +118,10 @@ def _training_memory(parameters: int, shape: MeshShape, device: str, facts: Fact
         advice = f"there are {size_words(have)}: use a smaller model, or shard over more ranks"
         return Finding("training memory", Status.FAIL, found, advice)
     return Finding("training memory", Status.OK, found)
+
+
+def _host_bytes(parameters: int, shape: MeshShape) -> int:
+    return parameters * TRAINED_BYTES_PER_PARAMETER * shape.dp_replicate
 
 
 def _checkpoint_space(parameters: int, config: RunConfig, facts: Facts) -> Finding:

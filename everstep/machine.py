@@ -12,6 +12,7 @@ import platform
 import re
 import resource
 import shutil
+import socket
 import subprocess
 import tempfile
 from collections.abc import Mapping
@@ -19,6 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from everstep.checkpoint.host_memory import cgroup_folders, parse_meminfo, text_of
+from everstep.cluster.host import address_of
 
 UNLIMITED = resource.RLIM_INFINITY
 
@@ -54,6 +56,15 @@ class Limits:
 
     open_files: tuple[int, int]
     locked_bytes: tuple[int, int]
+
+
+@dataclass(frozen=True)
+class Interface:
+    """A network interface of this host."""
+
+    name: str
+    address: str | None
+    """IPv4 address; None = it has none."""
 
 
 @dataclass(frozen=True)
@@ -127,6 +138,22 @@ def read_limits() -> Limits:
         open_files=resource.getrlimit(resource.RLIMIT_NOFILE),
         locked_bytes=resource.getrlimit(resource.RLIMIT_MEMLOCK),
     )
+
+
+def read_numa(root: Path = Path("/sys/devices/system/node")) -> tuple[int, ...]:
+    """Memory of each NUMA node that has some, in bytes; empty where the system does not tell."""
+    sizes = []
+    for folder in sorted(root.glob("node[0-9]*"), key=lambda path: int(path.name[4:])):
+        match = re.search(r"MemTotal:\s+(\d+) kB", text_of(folder / "meminfo"))
+        if match and int(match[1]):
+            sizes.append(int(match[1]) * 1024)
+    return tuple(sizes)
+
+
+def read_interfaces() -> tuple[Interface, ...]:
+    """The network interfaces, with the address of each."""
+    names = sorted(name for _, name in socket.if_nameindex())
+    return tuple(Interface(name, address_of(name)) for name in names)
 
 
 def count_gpus(environment: Mapping[str, str] = os.environ, devices: Path = Path("/dev")) -> int:

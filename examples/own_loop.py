@@ -1,56 +1,78 @@
-"""Checkpoints in a training loop of your own, with nothing else of everstep.
+"""A training loop of your own that never loses a step, with nothing else of everstep.
 
-Run it, stop it at any moment (Ctrl-C, kill -9), run it again: it goes on after the newest
-checkpoint. With ``torchrun --nproc-per-node 2 examples/own_loop.py`` every rank writes its part.
+Every step is kept in memory while the next one computes, and every 50th becomes durable. Run it,
+stop it at any moment (Ctrl-C, kill -9), run it again: it goes on as if nothing had happened.
 
     python examples/own_loop.py --directory /tmp/checkpoints --steps 200
+
+Memory of the process ends with it. That of a keeper does not: then only the last step is redone.
+
+    everstep keeper start --job own
+    python examples/own_loop.py --directory /tmp/checkpoints --steps 200 --keeper-job own
 """
 
 import argparse
-import os
+import inspect
 
 import torch
-import torch.distributed as dist
 from torch import nn
 
 import everstep
-from everstep.checkpoint.torch_collective import ProcessGroupCollective
+from everstep.checkpoint.keeper.client import KeeperMemory
+
+WINDOW = 32
+
+
+def text() -> torch.Tensor:
+    """Something to learn from: the source of a module, as bytes."""
+    return torch.tensor(list(inspect.getsource(argparse).encode()))
+
+
+def predictor() -> nn.Module:
+    """The next byte from the few before it."""
+    return nn.Sequential(
+        nn.Embedding(256, 16),
+        nn.Flatten(),
+        nn.Linear(16 * WINDOW, 128),
+        nn.GELU(),
+        nn.Dropout(0.1),
+        nn.Linear(128, 256),
+    )
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--directory", default="checkpoints")
     parser.add_argument("--steps", type=int, default=200)
-    arguments = parser.parse_args()
+    parser.add_argument("--keeper-job")
+    options = parser.parse_args()
 
-    distributed = "WORLD_SIZE" in os.environ
-    if distributed:
-        dist.init_process_group("gloo")
     torch.manual_seed(0)
-    model: nn.Module = nn.Sequential(nn.Linear(8, 64), nn.Tanh(), nn.Linear(64, 1))
-    if distributed:
-        model = nn.parallel.DistributedDataParallel(model)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
-    scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, arguments.steps)
+    data, model = text(), predictor()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+    scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, options.steps)
+    state = everstep.State(model=model, optimizer=optimizer, scheduler=scheduler)
 
-    collective = ProcessGroupCollective() if distributed else None
-    with everstep.Checkpointer(arguments.directory, keep=3, collective=collective) as checkpointer:
-        state = everstep.State(model=model, optimizer=optimizer, scheduler=scheduler)
+    job = options.keeper_job
+    memory = KeeperMemory(job, rank=0, world_size=1) if job else None
+    with everstep.Checkpointer(
+        options.directory, keep=3, durable_every=50, memory=memory
+    ) as checkpointer:
         start = checkpointer.load(state)  # 0 when nothing was saved yet
-        print(f"starting at step {start}")
-        for step in range(start, arguments.steps):
-            x = torch.randn(32, 8)  # the random generators are part of the checkpoint, too
-            loss = (model(x) - x.sum(1, keepdim=True)).pow(2).mean()
+        print(f"starting at step {start}", flush=True)
+        for step in range(start, options.steps):
+            # the random generators are part of every snapshot: these are the exact next samples
+            at = torch.randint(len(data) - WINDOW, (64,))
+            windows = data[at[:, None] + torch.arange(WINDOW + 1)]
+            loss = nn.functional.cross_entropy(model(windows[:, :-1]), windows[:, -1])
             optimizer.zero_grad()
             loss.backward()
-            optimizer.step()
+            optimizer.step()  # waits, if it must, until the step before is copied
             scheduler.step()
-            if step % 20 == 19:
-                checkpointer.save(step, state)  # durable when it returns
-                print(f"step {step}: loss {loss.item():.6f}")
-
-    if distributed:
-        dist.destroy_process_group()
+            last = step + 1 == options.steps
+            checkpointer.save(step, state, durable=True if last else None)  # returns at once
+            if step % 20 == 19 or last:
+                print(f"step {step}: loss {loss.item():.6f}", flush=True)
 
 
 if __name__ == "__main__":

@@ -246,16 +246,43 @@ class ParallelConfig(Section):
 
 
 class CheckpointConfig(Section):
-    """When to save, and what to keep."""
+    """What is kept of the training state: a snapshot of every step in memory, some on storage."""
 
     every_steps: int = Field(default=100, ge=0)
-    """Save after every this many steps; 0 = only at the end and when asked to stop."""
+    """Save to storage after every this many steps; 0 = not by steps. The last step is saved anyway,
+    and the one after which the run was asked to stop."""
+    every_s: Annotated[float, Field(gt=0)] | None = None
+    """Save to storage when the newest step there is this many seconds old; nothing = by steps only.
+    Needs snapshots (checkpoint.memory)."""
     keep: int = Field(default=3, ge=1)
     """Newest checkpoints kept; older ones are deleted."""
     directory: str | None = None
     """Where checkpoints live: a path (below the run directory, if it is relative) or the URL of any
     fsspec file system, such as s3://bucket/run7; nothing = checkpoints. Credentials and endpoints
     come from the environment, as the file system's library reads it."""
+    memory: Literal["keeper", "process"] | None = "keeper"
+    """Where snapshots of every step are: keeper = with a process on each node that outlives the
+    ranks, so that none is lost when they are killed; process = in the ranks, so that saving does
+    not hold up training; nothing = no snapshots, and training waits for each save."""
+    memory_budget_bytes: Annotated[int, Field(ge=2**20)] | None = None
+    """Most host memory for snapshots on each node, or the run is refused; nothing = 80 % of what is
+    available when it starts. `everstep doctor CONFIG` computes the need."""
+    keeper_linger_s: float = Field(default=600.0, ge=0, le=86400)
+    """How long keepers hold their snapshots for the next start after a run has failed or was
+    killed."""
+    keeper_interface: str | None = None
+    """Network interface for reading the snapshots of other nodes, after ranks have moved; nothing =
+    the one that has the node's address in the Ray cluster, and none where all ranks share a
+    host."""
+
+    @model_validator(mode="after")
+    def _seconds_need_snapshots(self) -> "CheckpointConfig":
+        if self.every_s is not None and self.memory is None:
+            raise ValueError(
+                f"checkpoint.every_s={self.every_s:g} needs snapshots, and checkpoint.memory is "
+                "null: set checkpoint.memory=keeper, or use checkpoint.every_steps"
+            )
+        return self
 
 
 class MetricsConfig(Section):
@@ -287,6 +314,12 @@ class LaunchConfig(Section):
     """Seconds to wait for resources of a Ray cluster that others use now."""
     wait_for_nodes: bool = False
     """Wait for resources that a Ray cluster does not have yet, too: its autoscaler adds nodes."""
+    max_restarts: int = Field(default=3, ge=0)
+    """How often in a row all ranks are started again after one was killed or lost (out of memory, a
+    node that died); ten minutes of training begin a new row. Errors that a rank raises itself are
+    not tried again, and torchrun and srun restart ranks by rules of their own. 0 = never."""
+    drill_kill_step: int = Field(default=0, ge=0)
+    """A fire drill: when this step has been done, all ranks are killed, once; 0 = never."""
 
     @model_validator(mode="after")
     def _resources_can_be_reserved(self) -> "LaunchConfig":
@@ -300,6 +333,15 @@ class LaunchConfig(Section):
                     f"launch.resources_per_rank names {name}, which is reserved without it: set "
                     "launch.cpus_per_rank for CPUs; a rank on GPUs has one"
                 )
+        return self
+
+    @model_validator(mode="after")
+    def _a_drill_can_be_survived(self) -> "LaunchConfig":
+        if self.drill_kill_step and not self.max_restarts:
+            raise ValueError(
+                f"launch.drill_kill_step={self.drill_kill_step} kills all ranks, and "
+                "launch.max_restarts=0 would not start them again: allow a restart"
+            )
         return self
 
 

@@ -2,12 +2,11 @@
 
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 
-from everstep.checkpoint.checkpointer import Checkpointer
 from everstep.trainer.config import RunConfig
 from everstep.trainer.data import Corpus, held_out_batches
 from everstep.trainer.data.prefetch import BatchStream
@@ -17,12 +16,7 @@ from everstep.trainer.mesh_shape import MeshShape
 from everstep.trainer.meter import StepMeter
 from everstep.trainer.metrics import MetricSink
 from everstep.trainer.rank_spec import StopRequested
-
-TRANSFER_EVERY_S = 0.5
-"""Least time between two reports of a save or load that is under way."""
-
-Say = Callable[..., None]
-"""``say(kind, **facts)``: a report to the launcher."""
+from everstep.trainer.saves import Saves, Say
 
 
 @dataclass(kw_only=True)
@@ -35,22 +29,22 @@ class Run:
     corpus: Corpus
     stream: BatchStream
     engine: TorchEngine
-    checkpointer: Checkpointer
+    saves: Saves
     meter: StepMeter
     sinks: Sequence[MetricSink]
     say: Say
     should_stop: StopRequested
     done_steps: int
     """Optimizer updates that the state has behind it."""
-    saved_step: int = 0
-    """Newest step that is durable; 0: none."""
     first_loss: float = math.nan
     last_loss: float = math.nan
+    trained_s: float = 0.0
+    """Time in steps, without evaluations and saves."""
     eval_loss: float = math.nan
 
 
 def train(run: Run) -> bool:
-    """Train to the last step, or until asked to stop; the state is saved in both cases.
+    """Train to the last step, or until asked to stop; the state is durable in both cases.
 
     Returns:
         True when all steps are done, False when it stopped on request.
@@ -75,13 +69,14 @@ def train(run: Run) -> bool:
         total, askers = sum_over_ranks(torch.stack([loss_sum, asked]), run.shape.tp)
         loss, stop = total / tokens_per_step, askers > 0
         if not math.isfinite(loss):
-            raise TrainingError(step, "loss", loss, run.saved_step)
+            raise TrainingError(step, "loss", loss, run.saves.settle())
         grad_norm = engine.apply_gradients()
         if not math.isfinite(grad_norm):
-            raise TrainingError(step, "gradient norm", grad_norm, run.saved_step)
+            raise TrainingError(step, "gradient norm", grad_norm, run.saves.settle())
         run.done_steps = step
 
         step_time_s = time.perf_counter() - began_s
+        run.trained_s += step_time_s
         values = {
             "loss": loss,
             "lr": lr,
@@ -95,13 +90,13 @@ def train(run: Run) -> bool:
             values["eval_loss"] = evaluate(run)
         for sink in run.sinks:
             sink.write(step, values)
-        run.say("step", step=step, steps=config.train.steps, **values)
+        sealed = run.saves.report().newest_sealed
+        run.say("step", step=step, steps=config.train.steps, sealed=sealed, **values)
 
         run.last_loss = loss
         if math.isnan(run.first_loss):
             run.first_loss = loss
-        if last or stop or _due(step, config.checkpoint.every_steps):
-            save(run)
+        run.saves.after_step(step, lambda: engine.state(run.stream), final=last or stop)
 
     return run.done_steps >= config.train.steps
 
@@ -116,28 +111,6 @@ def evaluate(run: Run) -> float:
     run.eval_loss = total / tokens
     run.say("eval", step=run.done_steps, loss=run.eval_loss)
     return run.eval_loss
-
-
-def save(run: Run) -> None:
-    """Save the state after the steps done so far."""
-    told = transfer_teller(run.say, f"saving step {run.done_steps}")
-    handle = run.checkpointer.save(run.done_steps, run.engine.state(run.stream), on_bytes=told)
-    info = handle.durable.result()
-    run.saved_step = info.step
-    run.say("saved", step=info.step, path=info.path, bytes=info.size_bytes, seconds=info.duration_s)
-
-
-def transfer_teller(say: Say, what: str) -> Callable[[int], None]:
-    """Reports how many bytes this rank has moved, now and then; the first time after a while."""
-    told_s = time.monotonic()
-
-    def told(done_bytes: int) -> None:
-        nonlocal told_s
-        if time.monotonic() - told_s > TRANSFER_EVERY_S:
-            told_s = time.monotonic()
-            say("transfer", what=what, bytes=done_bytes)
-
-    return told
 
 
 def _due(step: int, every: int) -> bool:

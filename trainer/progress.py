@@ -63,7 +63,13 @@ def report_line(report: Report) -> str | None:
     """A line for a report that is worth one; None for the others."""
     match report["kind"]:
         case "resumed":
-            return f"resumed from step {report['step']} ({report['path']})"
+            line = f"resumed from step {report['step']} ({report['path']})"
+            why = str(report.get("why") or "").removeprefix(f"step {report['step']} ")
+            return f"{line}, which {why}" if why else line
+        case "snapshots":
+            return snapshot_words(report)
+        case "not_saved":
+            return f"training goes on, and later steps are tried as well: {report['why']}"
         case "eval":
             return f"step {report['step']} · held-out loss {report['loss']:.4f}"
         case "saved":
@@ -72,6 +78,23 @@ def report_line(report: Report) -> str | None:
         case "message":
             return str(report["text"])
     return None
+
+
+def snapshot_words(report: Report) -> str:
+    """How the snapshots of a run went, in one line."""
+    skipped = f"{report['skipped']} skipped"
+    if report["last_skip"]:
+        skipped += f" (last: {report['last_skip']})"
+    parts = [f"snapshots: {report['taken']} taken, {skipped}"]
+    if report["seconds_per_step"] is not None:
+        share = 100 * report["inflation"]
+        parts.append(f"{short_time(report['seconds_per_step'])} of each step ({share:.1f} %)")
+    memory = f"{short_bytes(report['memory_bytes'])} of host memory {report['where']}"
+    if report["predicted_bytes"] is not None:
+        memory += f" ({short_bytes(report['predicted_bytes'])} predicted)"
+    parts.append(memory)
+    parts += [f"step {report[name]} {name}" for name in ("sealed", "durable") if report[name]]
+    return " · ".join(parts)
 
 
 class ProgressView:

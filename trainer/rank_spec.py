@@ -38,6 +38,8 @@ class RankSpec:
     """'auto', 'never', or the step to resume from."""
     store: str | None
     """'host:port' of the launcher's TCPStore; None: rendezvous from the environment (env://)."""
+    keeper: str | None = None
+    """Name of the keeper on this rank's node that holds its snapshots."""
     device: str | None = None
     """The device that the launcher has reserved: 'cpu' or 'cuda:0'; None: by what is seen here."""
     launch: Sequence[str] = ()

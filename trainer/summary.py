@@ -69,7 +69,7 @@ def summarise(
         "",
         f"Everything is in {run_dir}/",
         "  metrics.jsonl  loss of every step    config.yaml  the resolved run",
-        f"  {_checkpoints(run)}   step {run.saved_step} is durable    logs/  of every rank",
+        f"  {_checkpoints(run)}   step {run.saves.durable_step} is durable    logs/  of every rank",
         "Try next:",
         *_command(more),
         "      goes on from here, twice as far",

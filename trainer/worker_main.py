@@ -13,10 +13,13 @@ import torch.distributed as dist
 from everstep.checkpoint.checkpointer import Checkpointer
 from everstep.checkpoint.collective import Collective, on_rank0
 from everstep.checkpoint.errors import CheckpointError
+from everstep.checkpoint.keeper.client import KeeperMemory
+from everstep.checkpoint.snapshots.arena import ArenaMemory
 from everstep.checkpoint.snapshots.handle import StepInfo
-from everstep.checkpoint.stores import is_url
+from everstep.checkpoint.snapshots.memory import SlotMemory
 from everstep.checkpoint.torch_collective import ProcessGroupCollective
 from everstep.checkpoint.torch_rng import derive_rng
+from everstep.trainer.checkpoint_place import checkpoint_place
 from everstep.trainer.commands import RESUBMIT_VARIABLE
 from everstep.trainer.config import RunConfig
 from everstep.trainer.config_load import parse_config
@@ -25,7 +28,7 @@ from everstep.trainer.data.prefetch import BatchStream, prefetched
 from everstep.trainer.device import prepare_device
 from everstep.trainer.engine import TorchEngine
 from everstep.trainer.init_from import init_from
-from everstep.trainer.loop import Run, Say, train, transfer_teller
+from everstep.trainer.loop import Run, train
 from everstep.trainer.mesh_shape import (
     MeshShape,
     check_config,
@@ -35,6 +38,7 @@ from everstep.trainer.mesh_shape import (
 )
 from everstep.trainer.meter import step_meter
 from everstep.trainer.metrics import open_sinks
+from everstep.trainer.model_shape import resolve_model
 from everstep.trainer.rank_spec import (
     EXIT_DONE,
     EXIT_STOPPED,
@@ -43,6 +47,8 @@ from everstep.trainer.rank_spec import (
     StopRequested,
 )
 from everstep.trainer.sample import generate
+from everstep.trainer.saves import MemoryUse, Saves, Say, transfer_teller
+from everstep.trainer.snapshot_memory import snapshot_memory
 from everstep.trainer.summary import summarise
 
 SAMPLE_PROMPT = "def "
@@ -100,6 +106,7 @@ def _run(
     place = ".".join(f"{axis}{index}" for axis, index in coordinate.items())
     derive_rng(config.seed, 0, place)
     source = TrainStream(corpus, config.data, config.seed, dp_rank, shape.dp)
+    memory = _snapshot_memory(config, spec)
     with (
         Checkpointer(
             checkpoint_place(run_dir, config.checkpoint.directory),
@@ -109,6 +116,10 @@ def _run(
             coordinate=coordinate,
             seed=config.seed,
             threads=torch.get_num_threads(),
+            durable_every=(config.checkpoint.every_steps or None) if memory is not None else None,
+            durable_every_s=config.checkpoint.every_s,
+            memory=memory,
+            timeout_s=config.parallel.timeout_s,
         ) as checkpointer,
         prefetched(source, config.data.prefetch) as stream,
     ):
@@ -117,6 +128,11 @@ def _run(
             taken = init_from(engine.model, config, corpus.vocab_size, collective)
             say("message", text=f"beginning with {taken}")
         done_steps = loaded.step if loaded else 0
+        durable_step = on_rank0(
+            collective,
+            "durable",
+            lambda: max((s for s in checkpointer.steps() if s <= done_steps), default=0),
+        )
         sinks = open_sinks(config, run_dir, done_steps) if spec.rank == 0 else []
         run = Run(
             config=config,
@@ -125,19 +141,26 @@ def _run(
             corpus=corpus,
             stream=stream,
             engine=engine,
-            checkpointer=checkpointer,
+            saves=Saves(
+                checkpointer,
+                config.checkpoint,
+                say,
+                durable_step,
+                lambda: _memory_use(config, shape, corpus.vocab_size, memory, checkpointer),
+                config.parallel.timeout_s,
+            ),
             meter=step_meter(config, shape, device, corpus.vocab_size, engine.model),
             sinks=sinks,
             say=say,
             should_stop=should_stop,
             done_steps=done_steps,
-            saved_step=done_steps,
         )
         try:
             finished = train(run)
         finally:
             for sink in sinks:
                 sink.close()
+        run.saves.tell(run.done_steps - done_steps, run.trained_s)
         if not finished:
             say("stopped", step=run.done_steps)
             return EXIT_STOPPED
@@ -155,11 +178,35 @@ def _run(
         return EXIT_DONE
 
 
-def checkpoint_place(run_dir: Path, directory: str | None) -> Path | str:
-    """Where a run keeps its checkpoints, from ``checkpoint.directory``."""
-    if directory is None:
-        return run_dir / "checkpoints"
-    return directory if is_url(directory) else run_dir / directory
+def _snapshot_memory(config: RunConfig, spec: RankSpec) -> SlotMemory | None:
+    """Where snapshots of this rank go; None where the run takes none. Raises KeeperError."""
+    if config.checkpoint.memory is None:
+        return None
+    if spec.keeper is None:
+        return ArenaMemory()
+    return KeeperMemory(spec.keeper, rank=spec.rank, world_size=spec.world_size)
+
+
+def _memory_use(
+    config: RunConfig,
+    shape: MeshShape,
+    vocab_size: int,
+    memory: SlotMemory | None,
+    checkpointer: Checkpointer,
+) -> MemoryUse:
+    """What snapshots take on this node, or in this process, and what was to be expected."""
+    where, ranks, used_bytes = "on rank 0", 1, checkpointer.report().reserved_bytes
+    if isinstance(memory, KeeperMemory):
+        status = memory.status()
+        where, ranks, used_bytes = "on this node", len(status["trainers"]), status["memory_bytes"]
+    predicted = None
+    if config.model.factory is None:
+        predicted = snapshot_memory(config, resolve_model(config.model, vocab_size), shape, ranks)
+    return MemoryUse(
+        where=where,
+        used_bytes=used_bytes,
+        predicted_bytes=None if predicted is None else predicted.node_bytes,
+    )
 
 
 def _choose_device(config: RunConfig, spec: RankSpec) -> torch.device:
@@ -255,7 +302,8 @@ def _resume(
     info = checkpointer.loaded
     if info is not None:
         engine.follow_config()
-        say("resumed", step=info.step, path=info.path)
+        where = info.path.removesuffix(f" (step {info.step})")
+        say("resumed", step=info.step, path=where, why=info.why)
         if left := [s for s in steps if s > info.step]:
             say(
                 "message",

@@ -1,6 +1,5 @@
 """Start and stop keepers, and ask them how they are."""
 
-import contextlib
 import os
 import select
 import subprocess
@@ -14,6 +13,7 @@ from everstep.checkpoint.errors import KeeperError
 from everstep.checkpoint.keeper.carried import decode_error
 from everstep.checkpoint.keeper.main import MODULE
 from everstep.checkpoint.keeper.place import KeeperPlace, is_absence, jobs_in
+from everstep.checkpoint.keeper.transport import address_of
 from everstep.checkpoint.keeper.wire import Channel, WireError
 
 DEFAULT_LINGER_S = 900.0
@@ -38,7 +38,8 @@ def start(
         place: the directory of sockets; None: the default.
         budget_bytes: memory for all slots; None: 80 % of what is available now.
         linger_s: how long it stays without any trainer.
-        interface: of the network, for the data plane.
+        interface: of the network on which other nodes of the job may read snapshots; None: they
+            may not.
         timeout_s: how long its answer is waited for.
         module: that runs it.
 
@@ -48,6 +49,8 @@ def start(
     Raises:
         KeeperError: it does not come up, or the place is not safe.
     """
+    if interface is not None:
+        address_of(interface)
     where = KeeperPlace.of(job, place)
     where.make()
     if where.is_held():
@@ -170,9 +173,11 @@ def ask(where: KeeperPlace, body: dict[str, Any], *, timeout_s: float) -> dict[s
             return None
         raise
     channel = Channel(connection)
+    poll = select.poll()  # select() knows the first 1024 descriptors only
+    poll.register(channel, select.POLLIN)
     try:
         channel.send({"id": 1, **body})
-        while select.select([channel], [], [], max(0.0, deadline_s - time.monotonic()))[0]:
+        while poll.poll(1000 * max(0.0, deadline_s - time.monotonic())):
             for frame in channel.receive():
                 frame.close()
                 if "error" in frame.body:
@@ -193,13 +198,20 @@ def ask(where: KeeperPlace, body: dict[str, Any], *, timeout_s: float) -> dict[s
 
 def _wait_for_answer(where: KeeperPlace, timeout_s: float) -> None:
     deadline_s = time.monotonic() + timeout_s
+    was_held = False
     while time.monotonic() < deadline_s:
-        with contextlib.suppress(KeeperError):
+        try:
             if ask(where, {"do": "status"}, timeout_s=timeout_s) is not None:
                 return
+        except KeeperError:  # it was there
+            was_held = True
+        is_held = where.is_held()
+        if was_held and not is_held:
+            break  # it has given up
+        was_held = is_held
         time.sleep(_POLL_S)
     lines = where.log.read_text(errors="replace").splitlines()[-3:] if where.log.exists() else []
     raise KeeperError(
-        f"the keeper of job {where.job} has not come up within {timeout_s:g} s; the end of "
-        f"{where.log}: {' | '.join(lines) or 'nothing'}"
+        f"the keeper of job {where.job} does not come up; mend what the end of {where.log} says: "
+        f"{' | '.join(lines) or 'nothing'}"
     )

@@ -3,19 +3,16 @@
 import contextlib
 import threading
 import time
-from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from everstep.checkpoint.direct_io import ByteArray
-from everstep.checkpoint.errors import KeeperError
 from everstep.checkpoint.keeper.slots import Slot
 from everstep.checkpoint.lineage import StepId
 from everstep.checkpoint.snapshots.memory import Flushed, FlushOrder
 
-_REMEMBERED = 256
-FlushKey = tuple[str, StepId, int]
+FlushKey = tuple[str, StepId, int, str, int]
 Outcome = Flushed | Exception
 Waiter = Callable[[Outcome], None]
 
@@ -68,7 +65,6 @@ class Flushes:
         self._post = post
         self._changed = changed
         self._running: dict[FlushKey, _Run] = {}
-        self._done: OrderedDict[FlushKey, Flushed] = OrderedDict()
         self._counts = {"done": 0, "failed": 0}
         self._last: dict[str, Any] | None = None
 
@@ -82,30 +78,17 @@ class Flushes:
         return {run.order.step_id for run in self._running.values()}
 
     def start(self, slot: Slot, order: FlushOrder, waiter: Waiter | None = None) -> None:
-        """Flush what is in a slot, unless that is done or under way.
+        """Flush what is in a slot, unless that is under way.
 
         Args:
             slot: holds the snapshot.
             order: how.
             waiter: is told what came of it, from the loop.
-
-        Raises:
-            KeeperError: the slot does not hold that snapshot.
         """
-        key = _key(order)
-        if key in self._done:
-            if waiter is not None:
-                waiter(self._done[key])
-            return
+        set_id = slot.shape.set_id
+        key = (order.directory, order.step_id, order.rank, set_id, slot.index)
         run = self._running.get(key)
         if run is None:
-            seal = slot.seal()
-            if seal is None or (seal.step_id, seal.rank) != (order.step_id, order.rank):
-                held = "nothing" if seal is None else f"step {seal.step_id.step}"
-                raise KeeperError(
-                    f"slot {slot.index} of rank {order.rank} is to be flushed as step "
-                    f"{order.step_id.step}, but holds {held}: seal it first"
-                )
             run = _Run(slot=slot, order=order, began_s=time.monotonic())
             self._running[key] = run
             self._changed(slot, order, True)
@@ -155,15 +138,7 @@ class Flushes:
             "bytes_per_s": round(run.written_bytes / max(seconds, 1e-9)),
             "error": str(outcome) if failed else None,
         }
-        if isinstance(outcome, Flushed):
-            self._done[key] = outcome
-            while len(self._done) > _REMEMBERED:
-                self._done.popitem(last=False)
         self._changed(run.slot, run.order, False)
         for waiter in run.waiters:
             with contextlib.suppress(OSError):
                 waiter(outcome)
-
-
-def _key(order: FlushOrder) -> FlushKey:
-    return order.directory, order.step_id, order.rank

@@ -128,8 +128,11 @@ class House:
             return
         waiting = self._making.pop((shape.rank, shape.slot_bytes, shape.slots))
         self.table.break_promise(shape)
-        if error is None:
-            self.adopt(shape, fds, current=True)
+        try:
+            if error is None:
+                self.adopt(shape, fds, current=True)
+        except (OSError, ValueError) as e:
+            error = e
         found = self.table.current(shape.rank)
         for made in waiting:
             made(error or found or KeeperError("the slots were freed while they were made"))
@@ -142,15 +145,16 @@ class House:
 
     @property
     def all_sealed(self) -> StepId | None:
-        """The newest snapshot that all ranks have sealed, as far as it was told."""
+        """A snapshot that all ranks have sealed: the one that was told last.
+
+        Not the newest that was ever told, which may be of a run that was begun anew since.
+        """
         told = self._deputy.notes.get("all_sealed")
         return None if told is None else StepId(*told)
 
     def tell_all_sealed(self, step_id: StepId) -> None:
         """Take note of it."""
-        known = self.all_sealed
-        if known is None or step_id > known:
-            self._deputy.note("all_sealed", list(step_id))
+        self._deputy.note("all_sealed", list(step_id))
 
     # Flushes
 
@@ -170,7 +174,7 @@ class House:
         chosen, why = worth_flushing(held, self.all_sealed)
         if held:
             self._log(why)
-        for slot in chosen:
+        for slot in chosen:  # those that were overwritten meanwhile are refused
             rank, seal = slot.shape.rank, seals[slot]
             coded = self._deputy.notes.get(f"orphan/{rank}")
             if coded is None:
@@ -199,8 +203,8 @@ class House:
 
         try:
             self.flushes.start(slot, order, tell)
-        except KeeperError as error:
-            self._log(str(error))
+        except TypeError as error:  # an order that is none
+            self._log(f"step {order.step_id.step} of rank {order.rank} is not flushed: {error}")
 
     def _needed(self, slot: Slot, order: FlushOrder, needed: bool) -> None:
         note = {"set_id": slot.shape.set_id, "index": slot.index, "order": order.as_json()}
@@ -259,7 +263,11 @@ class House:
                 self._locks[meta["directory"]] = _Lock(fds[0], meta["rank"])
                 continue
             shape = SetShape.from_json(meta)
-            self.table.add(shape, fds)
+            try:
+                self.table.add(shape, fds)
+            except (OSError, ValueError) as error:
+                self._log(f"rank {shape.rank}: {shape.slots} slots are lost: {error}")
+                continue
             self._log(f"rank {shape.rank}: {shape.slots} slots of the keeper before this one")
             if self._deputy.notes.get(f"current/{shape.rank}") == shape.set_id:
                 self.table.use(shape.set_id)

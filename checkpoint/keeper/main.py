@@ -5,7 +5,6 @@ Started by ``control.start``, as a supervisor, which starts the keeper as a seco
 
 import argparse
 import contextlib
-import importlib
 import os
 import resource
 import signal
@@ -23,9 +22,15 @@ from everstep.checkpoint.keeper.wire import Channel
 
 if TYPE_CHECKING:
     from everstep.checkpoint.keeper.flushes import FlushSlot
-    from everstep.checkpoint.keeper.server import DataPlaneFactory
+    from everstep.checkpoint.keeper.server import (
+        DataPlane,
+        DataPlaneFactory,
+        ReadSlot,
+        SealedSlots,
+    )
 
 MODULE = "everstep.checkpoint.keeper.main"
+_LOCK_WAIT_S = 1.0
 
 
 def main(
@@ -41,7 +46,8 @@ def main(
         arguments: as ``control.start`` makes them.
         module: that processes started by this one run; it calls this function.
         flush: makes snapshots durable; default: ``snapshots.flush.flush_slot``.
-        data_plane_factory: see ``server.Keeper``.
+        data_plane_factory: see ``server.Keeper``; default: a data plane on ``--interface``, where
+            one is named.
     """
     options = _parse(arguments)
     if options.detach and os.fork():
@@ -90,7 +96,7 @@ def _supervise(options: argparse.Namespace, module: str) -> int:
         channel = Channel(socket.socket(fileno=options.channel_fd))
         lock, listener = options.lock_fd, socket.socket(fileno=options.listen_fd)
     else:
-        held = place.lock()
+        held = place.lock(wait_s=_LOCK_WAIT_S)
         if held is None:
             return 0  # somebody was faster
         lock, listener = held, place.listen()
@@ -143,6 +149,8 @@ def _keep(
         process.returncode = 0  # it outlives this one
         return Channel(ours)
 
+    if data_plane_factory is None and options.interface is not None:
+        data_plane_factory = _data_plane
     keeper = Keeper(
         listener,
         Deputy(Channel(socket.socket(fileno=options.channel_fd))),
@@ -151,7 +159,7 @@ def _keep(
         flush=flush or _flush_slot(),
         log=_log,
         token=KeeperPlace.of(options.job, options.place).make_token(),
-        data_plane_factory=data_plane_factory,
+        data_plane_factory=data_plane_factory or (_data_plane if options.interface else None),
         interface=options.interface,
         new_supervisor=new_supervisor,
     )
@@ -161,13 +169,22 @@ def _keep(
     return 0
 
 
-def _flush_slot() -> "FlushSlot":
-    # what it imports is needed at the first flush only
-    def flush_slot(*arguments: Any, **named: Any) -> Any:
-        module = importlib.import_module("everstep.checkpoint.snapshots.flush")
-        return module.flush_slot(*arguments, **named)
+def _data_plane(
+    read_slot: "ReadSlot", sealed_slots: "SealedSlots", token: bytes, interface: str | None
+) -> "DataPlane":
+    from everstep.checkpoint.keeper.transport import DataPlane
 
-    return flush_slot
+    return DataPlane(read_slot, token, sealed_slots=sealed_slots, interface=interface)
+
+
+def _flush_slot() -> "FlushSlot":
+    def flush(*arguments: Any, **named: Any) -> Any:
+        # what it imports is needed at the first flush only
+        from everstep.checkpoint.snapshots.flush import flush_slot
+
+        return flush_slot(*arguments, **named)
+
+    return flush
 
 
 def _log(line: str) -> None:

@@ -15,7 +15,8 @@ def worth_flushing(
 ) -> tuple[list[Held], str]:
     """What is to be flushed of the sealed slots of a node, and why.
 
-    Where all ranks of a job are on this node: the newest snapshot that all of them have sealed.
+    Where all ranks of a job are on this node: the newest snapshot that all of them have sealed
+    (of each run, if there was more than one under the job's name).
     Else all that this node has from ``all_sealed`` on: another node may know of a newer snapshot
     that all have sealed than this one was told, and only what every node flushes is committed.
 
@@ -26,10 +27,15 @@ def worth_flushing(
     snapshots: dict[tuple[bytes, int, StepId], dict[int, Held]] = defaultdict(dict)
     for what, seal in held:
         snapshots[seal.owner, seal.world_size, seal.step_id].setdefault(seal.rank, what)
-    whole = [key for key, ranks in snapshots.items() if len(ranks) == key[1]]
+    whole = sorted(
+        (step_id, owner, world_size)
+        for (owner, world_size, step_id), ranks in snapshots.items()
+        if len(ranks) == world_size
+    )
     if whole:
-        newest = max(whole, key=lambda key: key[2])
-        return list(snapshots[newest].values()), f"step {newest[2].step} is whole on this node"
+        newest = {owner: (owner, world_size, step_id) for step_id, owner, world_size in whole}
+        chosen = [what for key in newest.values() for what in snapshots[key].values()]
+        return chosen, f"step {whole[-1][0].step} is whole on this node"
     if all_sealed is None:
         return [], "no snapshot is known to be sealed on all ranks"
     chosen = [

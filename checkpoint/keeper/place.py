@@ -19,6 +19,7 @@ import secrets
 import socket
 import stat
 import struct
+import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,6 +30,7 @@ TOKEN_BYTES = 32
 _JOB = re.compile(r"[A-Za-z0-9._-]{1,80}")
 _CREDENTIALS = struct.Struct("3i")
 _SOCKET = "keeper.sock"
+_LOCK_POLL_S = 0.003
 
 
 def default_place(environment: Mapping[str, str] = os.environ) -> Path:
@@ -96,15 +98,23 @@ class KeeperPlace:
                     f"chmod 700 {folder}"
                 )
 
-    def lock(self) -> int | None:
-        """A descriptor that holds the lock of the place; None while somebody else has it."""
+    def lock(self, *, wait_s: float = 0.0) -> int | None:
+        """A descriptor that holds the lock of the place; None while somebody else has it.
+
+        Args:
+            wait_s: how long to wait for it; those who only look have it for a moment, too.
+        """
+        deadline_s = time.monotonic() + wait_s
         fd = os.open(self.path / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-        try:
-            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            os.close(fd)
-            return None
-        return fd
+        while True:
+            try:
+                fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                return fd
+            except BlockingIOError:
+                if time.monotonic() > deadline_s:
+                    os.close(fd)
+                    return None
+            time.sleep(_LOCK_POLL_S)
 
     def is_held(self) -> bool:
         """True while a keeper, or its supervisor, lives."""

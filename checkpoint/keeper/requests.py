@@ -81,9 +81,9 @@ def serve(house: House, client: Client, frame: Frame) -> None:
                 "the job, and stop and start the keeper"
             )
         _REQUESTS[name](house, client, frame.body, fds, answer)
-    except EverstepError as error:
+    except (EverstepError, OSError) as error:
         answer.fail(error)
-    except (ValueError, TypeError, KeyError) as error:
+    except Exception as error:  # a keeper that ends of it would be asked the same again
         answer.fail(KeeperError(f"the keeper cannot do {name!r}: {type(error).__name__}: {error}"))
     finally:
         close_all(fds)
@@ -146,8 +146,8 @@ def _flush(h: House, c: Client, body: dict[str, Any], fds: list[int], to: Answer
     slot = h.table.slot(text(body["set_id"]), natural(body["index"]))
     if slot is None or slot.shape.rank != _rank(c) or order.rank != c.rank:
         raise KeeperError(
-            f"rank {c.rank} asks to flush slot {body['index']}, which it has not reserved: reserve "
-            "slots first"
+            f"there is no slot {body['index']} of rank {order.rank} for rank {c.rank}: flush what "
+            "it has reserved"
         )
 
     def tell(outcome: Outcome) -> None:

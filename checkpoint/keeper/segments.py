@@ -120,5 +120,8 @@ def _left_in(folder: Path, limit_name: str, usage_name: str) -> int:
         stat = (folder / "memory.stat").read_text()
     except (OSError, ValueError):
         return 2**62
-    cache = re.search(r"^(?:total_)?inactive_file (\d+)$", stat, re.MULTILINE)
-    return limit - usage + (int(cache[1]) if cache else 0)
+    found = re.findall(r"^(\w*inactive_file) (\d+)$", stat, re.MULTILINE)
+    caches = {name: int(n_bytes) for name, n_bytes in found}
+    with_groups_below = caches.get("total_inactive_file")  # the first version tells both
+    own = caches.get("inactive_file", 0)
+    return limit - usage + (own if with_groups_below is None else with_groups_below)

@@ -27,6 +27,8 @@ T = TypeVar("T")
 _LOOP_LIMIT_S = 10.0
 RETURN_S = 5.0
 """How long trainers of a keeper that was killed have to connect to the next one."""
+ARRIVAL_S = 120.0
+"""How long trainers have to come for the first time, at least."""
 FAREWELL_S = 30.0
 """How long trainers have to end, after a keeper was told to end by a signal."""
 
@@ -128,13 +130,13 @@ class Keeper:
         """Make durable what is newest, let trainers end, and end; for handlers of signals."""
         self._signalled = True
         self._house.stop("flush")
-        os.eventfd_write(self._wake, 1)
+        self._post(lambda: None)
 
     # Events
 
     def _post(self, action: Callable[[], None]) -> None:
         self._posted.append(action)
-        with contextlib.suppress(OSError):  # the loop has ended
+        with contextlib.suppress(OSError, ValueError):  # the loop has ended
             os.eventfd_write(self._wake, 1)
 
     def _run_posted(self, _: int) -> None:
@@ -320,11 +322,17 @@ class Keeper:
 
     # Life
 
+    @property
+    def _limit_s(self) -> float:
+        """How long to stay alone; trainers import libraries before they come for the first time."""
+        came = "trainers" in self._deputy.notes
+        return self._linger_s if came else max(self._linger_s, ARRIVAL_S)
+
     def _patience_s(self) -> float:
         """Until it is to be looked whether something is due, without any event."""
         if self._expected or self._ending_since_s is not None:
             return 0.5
-        left_s = self._linger_s - (time.monotonic() - self._alone_since_s)
+        left_s = self._limit_s - (time.monotonic() - self._alone_since_s)
         return min(2.0, max(0.05, left_s))
 
     def _is_over(self) -> bool:
@@ -355,7 +363,7 @@ class Keeper:
             waits = self._signalled and now_s < self._ending_since_s + FAREWELL_S
             return not house.flushes.busy and not (waits and house.trainers)
         alone_s = now_s - self._alone_since_s
-        if alone_s > self._linger_s and not self._expected and not self._rescuing:
+        if alone_s > self._limit_s and not self._expected and not self._rescuing:
             self._log(f"nobody has been here for {alone_s:.0f} s")
             return True
         return False
@@ -374,6 +382,7 @@ class Keeper:
             self._drop(client)
         self._house.close()
         self._selector.close()
-        os.close(self._wake)
+        wake, self._wake = self._wake, -1  # flushes may still end, in their threads
+        os.close(wake)
         if self._deputy.channel is not None:
             self._deputy.channel.close()

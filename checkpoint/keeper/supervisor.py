@@ -18,6 +18,8 @@ from everstep.checkpoint.keeper.wire import Channel, Frame, WireError, close_all
 
 MOST_FAILURES = 20
 """Keepers in a row that end as soon as they were started, until the supervisor gives up."""
+MOST_FIRST_FAILURES = 2
+"""The same, when none has ever served: there is nothing to lose, and somebody waits."""
 _WELL_AFTER_S = 10.0
 _FIRST_PAUSE_S = 0.05
 _LONGEST_PAUSE_S = 5.0
@@ -46,6 +48,7 @@ class Supervisor:
         self._keeper = 0
         self._is_child = False
         self._terminated = False
+        self._has_served = False
 
     def terminate(self, *_: object) -> None:
         """Have the keeper make durable what is newest, and end; for handlers of signals."""
@@ -62,7 +65,8 @@ class Supervisor:
             keeper: its process.
         """
         failures, self._keeper = 0, keeper
-        while failures < MOST_FAILURES:
+        self._has_served = channel is not None
+        while failures < (MOST_FAILURES if self._has_served else MOST_FIRST_FAILURES):
             began_s = time.monotonic()
             if channel is None:
                 channel = self._start()
@@ -75,11 +79,11 @@ class Supervisor:
                 return True
             if time.monotonic() - began_s > _WELL_AFTER_S:
                 failures = 0
-            self._log(f"the keeper was killed: starting another one ({len(self._held)} held)")
+            self._log(f"the keeper is gone without having said so ({len(self._held)} held)")
             if failures:
                 time.sleep(min(_LONGEST_PAUSE_S, _FIRST_PAUSE_S * 2**failures))
             failures += 1
-        self._log("the keeper cannot be started: giving up, the snapshots in memory are lost")
+        self._log("the keeper cannot be started: giving up")
         return False
 
     def _start(self) -> Channel:
@@ -125,6 +129,7 @@ class Supervisor:
                 else:
                     self._notes[key] = value
             case {"do": "up"}:
+                self._has_served = True
                 if self._terminated:
                     self.terminate()
             case {"do": "end"}:

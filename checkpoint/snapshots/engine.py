@@ -130,7 +130,9 @@ class SnapshotEngine:
     ) -> None:
         self._directory, self._collective, self._owner = directory, collective, owner
         self._place, self._memory, self._interval = place, memory, interval
-        self._order = {"directory": directory.describe(), **order}
+        # a keeper has another working directory
+        where = str(directory.root.absolute()) if directory.has_lock else directory.describe()
+        self._order = {"directory": where, **order}
         self._timeout_s, self._lazy_objects = timeout_s, lazy_objects
         self._file = f"rank-{collective.rank:05d}-{os.urandom(4).hex()}.safetensors"
         self._pacing = Pacing(settings=pacing or PacingSettings(paced_copy=False))
@@ -453,6 +455,8 @@ class SnapshotEngine:
             background_s=min(window_s, current.capture.elapsed_s),
         )
         self._pacing = after_step(self._pacing, facts)
+        if copied_bytes and facts.background_s > 0:
+            self.report.copy_bytes_per_s = copied_bytes / facts.background_s
 
     def _wait_unproven(self) -> None:
         """No optimizer has shown yet that it would wait: copy now."""

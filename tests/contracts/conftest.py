@@ -10,6 +10,7 @@ QUICK_WITH_RAY = (
     "test_asking_before_ranks_are_up_is_not_lost",
     "test_kill_ends_ranks_that_never_stop",
     "test_kill_right_after_start_ends_all_ranks",
+    "test_ranks_can_be_started_again_once_all_have_ended",
 )
 
 

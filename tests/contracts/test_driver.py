@@ -4,6 +4,7 @@ import signal
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -141,6 +142,24 @@ def test_kill_right_after_start_ends_all_ranks(open_driver: Open) -> None:
     events = until(driver, all_ended(2))
     assert exits(events) == {0: -signal.SIGKILL, 1: -signal.SIGKILL}
     assert all(isinstance(event, Reported | RankExit) for event in events)
+
+
+def test_ranks_can_be_started_again_once_all_have_ended(open_driver: Open, tmp_path: Path) -> None:
+    driver = open_driver("dies_once")
+    specs = specs_for(driver.place(2), str(tmp_path))
+    driver.start(specs)
+    events = until(driver, lambda events: 1 in exits(events))
+    driver.kill()
+    events += until(driver, lambda more: len(exits(events + more)) == 2)
+    assert exits(events) == {0: -signal.SIGKILL, 1: -signal.SIGKILL}
+    placement = driver.renew()
+    if (tmp_path / "child").exists():  # ranks of a driver in memory have none
+        assert not Path("/proc", (tmp_path / "child").read_text()).exists()
+    again = specs_for(placement, str(tmp_path))
+    driver.start([replace(spec, attempt=1) for spec in again])
+    events = until(driver, all_ended(2))
+    assert exits(events) == {0: 0, 1: 0}
+    assert reports(events, 0, "saved")
 
 
 def test_exit_codes_pass_through(open_driver: Open) -> None:

@@ -9,14 +9,32 @@ import pytest
 
 from everstep.checkpoint.commit import CheckpointDirectory
 from everstep.checkpoint.errors import CheckpointError, SaveFailedError, SlotMemoryError
+from everstep.checkpoint.keeper.client import KeeperMemory
+from everstep.checkpoint.keeper.place import KeeperPlace
 from everstep.checkpoint.lineage import StepId
 from everstep.checkpoint.snapshots.arena import ArenaMemory
+from everstep.checkpoint.snapshots.flush import flush_slot
 from everstep.checkpoint.snapshots.memory import FlushOrder, SlotMemory
 from everstep.checkpoint.snapshots.slot_format import PAGE_BYTES, read_seal
+from tests.support.keepers import KeeperThread
 from tests.support.slots import holds, sealed_slot
+
+
+class _Kept(KeeperMemory):
+    """With a keeper of its own, in a thread of this process."""
+
+    def __init__(self, folder: Path) -> None:
+        self._keeper = KeeperThread(KeeperPlace.of("job", folder), flush=flush_slot)
+        super().__init__("job", rank=0, world_size=1, place=folder, timeout_s=20)
+
+    def close(self, *, finished: bool = True) -> None:
+        super().close(finished=finished)
+        self._keeper.end()
+
 
 IMPLEMENTATIONS: dict[str, Callable[[Path], SlotMemory]] = {
     "arena": lambda _: ArenaMemory(),
+    "keeper": _Kept,
 }
 """Each makes the memory of rank 0 of one, in a folder of its own."""
 

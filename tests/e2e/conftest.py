@@ -36,7 +36,7 @@ model: {dim: 32, layers: 2, heads: 4, kv_heads: 2, ffn_dim: 64, dropout: 0.1}
 data: {source: ["text/*.txt"], seq_len: 64, global_batch: 8, held_out: 0.1}
 optim: {lr: 3e-3, warmup_steps: 5}
 mesh: {dp_shard: 2, tp: 2}
-checkpoint: {every_steps: 10, keep: 3}
+checkpoint: {every_steps: 10, keep: 3, keeper_linger_s: 1}
 """
     )
     return tmp_path

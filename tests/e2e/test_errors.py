@@ -87,7 +87,7 @@ def test_flipped_byte_is_named_and_the_older_checkpoint_still_loads(small_run: P
 def test_full_disk_keeps_the_last_checkpoint(small_run: Path, small_disk: Path) -> None:
     run_dir = small_disk / "r"
     more = ["model.dim=64", "model.ffn_dim=128", "checkpoint.keep=20", *FAST]
-    more += ["train.steps=40"]
+    more += ["checkpoint.memory=null", "train.steps=40"]
     fails(
         small_run,
         "run.yaml",
@@ -107,6 +107,26 @@ def test_full_disk_keeps_the_last_checkpoint(small_run: Path, small_disk: Path) 
     code, output = cli.run("train", "run.yaml", "--run-dir", str(run_dir), *more, cwd=small_run)
     assert code == 0, output
     assert sorted(cli.losses(run_dir)) == list(range(1, steps[-1] + 2))
+
+
+@pytest.mark.slow
+def test_a_full_disk_stops_snapshots_from_getting_durable_but_not_training(
+    small_run: Path, small_disk: Path
+) -> None:
+    run_dir = small_disk / "r"
+    more = ["model.dim=64", "model.ffn_dim=128", "checkpoint.keep=20", *FAST, "train.steps=40"]
+    code, output = cli.run("train", "run.yaml", "--run-dir", str(run_dir), *more, cwd=small_run)
+    assert code == 1, output
+    assert output.count("training goes on, and later steps are tried as well") == 1
+    assert "error: saving step 40 failed: " in output
+    assert sorted(cli.losses(run_dir)) == list(range(1, 41))
+    steps = cli.committed_steps(run_dir)
+    assert steps
+    subprocess.check_call(["mount", "-o", "remount,size=64m", str(small_disk)])
+    more[-1] = "train.steps=41"
+    code, output = cli.run("train", "run.yaml", "--run-dir", str(run_dir), *more, cwd=small_run)
+    assert code == 0, output
+    assert sorted(cli.losses(run_dir)) == list(range(1, 42))
 
 
 def test_directory_in_use_by_another_job(small_run: Path) -> None:
@@ -147,7 +167,8 @@ def test_a_rank_that_raises_is_named_first(small_run: Path) -> None:
     assert "Traceback" in trace
 
 
-def test_a_gradient_that_is_no_number_is_never_saved(small_run: Path) -> None:
+@pytest.mark.parametrize("memory", [pytest.param("null", marks=pytest.mark.slow), "keeper"])
+def test_a_gradient_that_is_no_number_is_never_saved(small_run: Path, memory: str) -> None:
     (small_run / "nan_model.py").write_text(NAN_MODEL)
     fails(
         small_run,
@@ -157,9 +178,11 @@ def test_a_gradient_that_is_no_number_is_never_saved(small_run: Path) -> None:
         "model.factory=nan_model:make",
         *FAST,
         "checkpoint.every_steps=1",
+        f"checkpoint.memory={memory}",
         code=1,
-        says=["the gradient norm of step 3 is nan", "go on from step 2"],
+        says=["the gradient norm of step 3 is nan", "go on from step "],
     )
+    # with snapshots the keeper makes durable what it still held
     assert cli.committed_steps(small_run / "r") == [1, 2]
     assert sorted(cli.losses(small_run / "r")) == [1, 2]
 

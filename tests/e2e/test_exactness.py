@@ -35,7 +35,8 @@ def kill_after_step(folder: Path, name: str, step: int, *more: str) -> None:
 def test_killed_and_resumed_equals_uninterrupted(small_run: Path) -> None:
     straight = train(small_run, "straight")
     kill_after_step(small_run, "killed", 23)
-    assert cli.committed_steps(small_run / "killed")[-1] == 20
+    # that of step 20 may have been on its way to storage; its keeper was killed, too
+    assert cli.committed_steps(small_run / "killed")[-1] in (10, 20)
     resumed = train(small_run, "killed", "--resume", "auto")
 
     assert cli.metrics(straight)[0]["loss"] > cli.metrics(straight)[-1]["loss"]

@@ -74,8 +74,12 @@ def test_second_ctrl_c_stops_at_once_and_breaks_nothing(small_run: Path) -> None
     )
     with cli.command("train", "run.yaml", "--run-dir", "r", *held, cwd=small_run) as run:
         started(run, run_dir, steps=4)
+        assert cli.wait_until(lambda: bool(cli.committed_steps(run_dir)))
         steps = cli.committed_steps(run_dir)
         (small_run / "hold").touch()
+        done = 0
+        while done != (done := len(cli.metrics(run_dir))):  # a step that had begun may end yet
+            time.sleep(0.5)
         run.interrupt()
         assert cli.wait_until(lambda: "again stops at once" in run.output, 20), run.output
         time.sleep(0.5)  # closer together, two interrupts count as one

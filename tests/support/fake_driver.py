@@ -33,6 +33,8 @@ class InMemoryDriver:
         self._stop = threading.Event()
         self._killed = threading.Event()
         self.calls: list[str] = []
+        self.specs: list[RankSpec] = []
+        self.ended_keepers = False
 
     def place(self, world_size: int, waiting: Waiting = wait_silently) -> Placement:
         seat_of = [
@@ -42,12 +44,22 @@ class InMemoryDriver:
         return Placement(seats=tuple(seat_of), store="memory:0")
 
     def start(self, specs: Sequence[RankSpec]) -> None:
+        self.specs += specs
         for spec in specs:
             thread = threading.Thread(
                 target=self._run, args=(spec,), name=f"rank {spec.rank}", daemon=True
             )
             self._threads.append(thread)
             thread.start()
+
+    def renew(self, waiting: Waiting = wait_silently) -> Placement:
+        ended, self._threads = self._threads, []
+        for thread in ended:
+            thread.join(5)
+        self._stop.clear()
+        self._killed.clear()
+        self.calls.append("renew")
+        return self.place(len(ended))
 
     def poll(self, timeout_s: float) -> list[DriverEvent]:
         events = []
@@ -57,6 +69,10 @@ class InMemoryDriver:
                 events.append(self._events.get_nowait())
         except queue.Empty:
             return events
+
+    def end_keepers(self, timeout_s: float) -> list[str]:
+        self.ended_keepers = True
+        return []
 
     def ask_stop(self) -> None:
         self.calls.append("ask_stop")
@@ -81,6 +97,8 @@ class InMemoryDriver:
     def _run(self, spec: RankSpec) -> None:
         def report(report: Report) -> None:
             self._check()
+            if report["kind"] == "dies":
+                raise _Killed
             self._events.put(Reported(spec.rank, {"rank": spec.rank, **report}))
 
         def should_stop() -> bool:

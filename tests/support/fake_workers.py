@@ -129,6 +129,33 @@ def rank_1_killed(spec: RankSpec, report: Reporter, should_stop: StopRequested) 
     raise RuntimeError("[gloo/transport/tcp/pair.cc:547] Connection closed by peer [127.0.0.1]")
 
 
+def dies_once(spec: RankSpec, report: Reporter, should_stop: StopRequested) -> int:
+    """Rank 1 dies in the first attempt, while the others wait; later attempts train.
+
+    A driver in memory takes the report "dies" for the death.
+    """
+    report({"kind": "seen", "attempt": spec.attempt, "resume": spec.resume})
+    if spec.attempt:
+        return train(spec, report, should_stop)
+    if spec.rank == 0:
+        report(_step(1, 20))
+        report(_saved(1))
+    if spec.rank == 1:
+        time.sleep(0.2)
+        report({"kind": "dies"})
+        child = subprocess.Popen([sys.executable, "-c", f"import time; time.sleep({LONG_S})"])
+        Path(spec.run_dir, "child").write_text(str(child.pid))
+        os.kill(os.getpid(), signal.SIGKILL)
+    return _block(should_stop)
+
+
+def dies_always(spec: RankSpec, report: Reporter, should_stop: StopRequested) -> int:
+    """Rank 1 dies in every attempt; the others wait."""
+    if spec.rank == 1:
+        report({"kind": "dies"})
+    return _block(should_stop)
+
+
 def hang_at_stop(spec: RankSpec, report: Reporter, should_stop: StopRequested) -> int:
     """Never stops, whoever asks."""
     if spec.rank == 0:

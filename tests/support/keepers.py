@@ -10,10 +10,11 @@ from pathlib import Path
 from typing import Any
 
 from everstep.checkpoint.direct_io import ByteArray
-from everstep.checkpoint.errors import SaveFailedError
+from everstep.checkpoint.errors import SaveFailedError, SlotMemoryError
 from everstep.checkpoint.keeper import segments
 from everstep.checkpoint.keeper.client import KeeperMemory
 from everstep.checkpoint.keeper.deputy import Deputy
+from everstep.checkpoint.keeper.flushes import FlushSlot
 from everstep.checkpoint.keeper.place import KeeperPlace
 from everstep.checkpoint.keeper.server import DataPlaneFactory, Keeper
 from everstep.checkpoint.kernels import crc32c
@@ -100,7 +101,8 @@ def flush_to_file(
     path = directory / f"{order.step_id.step}-{order.rank}"
     if not path.exists():
         found = read_seal(slot)
-        assert found is not None
+        if found is None or found.step_id != order.step_id:
+            raise SlotMemoryError(f"the slot does not hold step {order.step_id.step}")
         with open(directory / "tries", "a") as tries:
             tries.write(f"{order.step_id.step}-{order.rank}\n")
         while (directory / "hold").exists() and not cancelled():
@@ -131,6 +133,7 @@ class KeeperThread:
         *,
         budget_bytes: int = 2**30,
         linger_s: float = 60.0,
+        flush: FlushSlot = flush_to_file,
         data_plane_factory: DataPlaneFactory | None = None,
     ) -> None:
         place.make()
@@ -142,7 +145,7 @@ class KeeperThread:
             Deputy(None),
             budget_bytes=budget_bytes,
             linger_s=linger_s,
-            flush=flush_to_file,
+            flush=flush,
             log=self.lines.append,
             token=place.make_token(),
             data_plane_factory=data_plane_factory,
@@ -166,7 +169,7 @@ class KeeperThread:
         assert not self._thread.is_alive(), "the keeper has not ended"
 
     def end(self) -> None:
-        """As ``everstep keeper stop --now``."""
+        """As ``everstep keeper stop --now``; may be called twice."""
         self.keeper._house.stop("now")
         self.keeper._post(lambda: None)
         self.wait()

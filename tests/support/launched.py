@@ -1,7 +1,7 @@
 """A launcher as a process of its own, for tests that send signals to it and look what is left.
 
 Run as a program it is that launcher: ``python -m tests.support.launched WORKER RUN_DIR RANKS
-GRACE_S local|external``.
+GRACE_S RESTARTS local|external``.
 """
 
 import contextlib
@@ -41,13 +41,14 @@ class Launched:
         *,
         ranks: int = 2,
         grace_s: float = 30.0,
+        restarts: int = 0,
         kind: str = "local",
         environment: Mapping[str, str] | None = None,
     ) -> None:
         self._tag = uuid.uuid4().hex
         self._output = run_dir.parent / f"{self._tag}.out"
         self._errors = run_dir.parent / f"{self._tag}.err"
-        arguments = [worker, str(run_dir), str(ranks), str(grace_s), kind]
+        arguments = [worker, str(run_dir), str(ranks), str(grace_s), str(restarts), kind]
         with self._output.open("wb") as output, self._errors.open("wb") as errors:
             self.process = subprocess.Popen(
                 [sys.executable, "-m", "tests.support.launched", *arguments],
@@ -122,10 +123,15 @@ def _main() -> int:
 
     from everstep.cluster.controller import run_local
     from everstep.cluster.external import run_external
-    from everstep.trainer.config import RunConfig, TrainConfig
+    from everstep.trainer.config import CheckpointConfig, LaunchConfig, RunConfig, TrainConfig
 
-    worker, run_dir, ranks, grace_s, kind = sys.argv[1:]
-    config = RunConfig(name="fake", train=TrainConfig(steps=20, grace_s=float(grace_s)))
+    worker, run_dir, ranks, grace_s, restarts, kind = sys.argv[1:]
+    config = RunConfig(
+        name="fake",
+        train=TrainConfig(steps=20, grace_s=float(grace_s)),
+        launch=LaunchConfig(max_restarts=int(restarts)),
+        checkpoint=CheckpointConfig(memory=None),
+    )
     target = f"tests.support.fake_workers:{worker}"
     if kind == "external":
         return run_external(config, Path(run_dir), "auto", Console(), target=target)

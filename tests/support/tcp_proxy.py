@@ -30,6 +30,7 @@ class TcpProxy:
         """What targets have sent, on all connections."""
         self.asked = bytearray()
         """What clients have sent."""
+        self._away = False
         self._start(self._accept)
 
     def __enter__(self) -> "TcpProxy":
@@ -49,6 +50,17 @@ class TcpProxy:
         for each in (self._listener, *self._sockets):
             each.close()
 
+    def go_away(self) -> None:
+        """End all connections, and every new one at once, until ``come_back``."""
+        self._away = True
+        for each in list(self._sockets):
+            with contextlib.suppress(OSError):
+                each.shutdown(socket.SHUT_RDWR)
+
+    def come_back(self) -> None:
+        """Pass on what comes again."""
+        self._away = False
+
     def _start(self, run: Callable[..., None], *args: object) -> None:
         thread = threading.Thread(target=run, args=args, daemon=True)
         self._threads.append(thread)
@@ -58,6 +70,9 @@ class TcpProxy:
         with contextlib.suppress(OSError):
             while True:
                 client, _ = self._listener.accept()
+                if self._away:
+                    client.close()
+                    continue
                 self._sockets.append(client)
                 target = socket.create_connection(self._target)
                 self._sockets.append(target)

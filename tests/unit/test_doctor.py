@@ -10,7 +10,7 @@ from rich.console import Console
 from everstep import machine
 from everstep.doctor import Facts, Finding, Status, diagnose, gather, report
 from everstep.doctor_run import diagnose_run
-from everstep.machine import UNLIMITED, Cpu, Disk, Gpu, Limits, Memory
+from everstep.machine import UNLIMITED, Cpu, Disk, Gpu, Interface, Limits, Memory
 from everstep.trainer.config_load import load_config
 from tests.support.cli import exit_code
 
@@ -43,11 +43,20 @@ HEALTHY = Facts(
     gpus=(Gpu("NVIDIA H100", 80 * GIB, "570.1"),) * 8,
     visible_gpus=8,
     infiniband=True,
+    numa_bytes=(64 * GIB, 64 * GIB),
+    interfaces=(
+        Interface("eth0", "10.0.0.7"),
+        Interface("ib0", None),
+        Interface("lo", "127.0.0.1"),
+    ),
     disk=Disk(path="/data", kind="ext4", free_bytes=2000 * GIB, writable=None, direct_io=None),
 )
 SMALL_MEMORY = replace(HEALTHY.memory, limit_bytes=2 * GIB)
 TINY_SHM = replace(HEALTHY.memory, shm_bytes=2**26, shm_free_bytes=2**26)
 NO_SHM = replace(HEALTHY.memory, shm_bytes=None, shm_free_bytes=None)
+ROOMY = replace(
+    HEALTHY, memory=replace(HEALTHY.memory, total_bytes=2**40, available_bytes=900 * GIB)
+)
 CPU_ONLY = replace(HEALTHY, gpus=(), visible_gpus=0, torch_build=None)
 
 
@@ -150,12 +159,18 @@ def test_what_is_wrong_is_found_and_advised_on(
 
 
 def test_a_run_that_fits() -> None:
-    findings = diagnose_run(load_config("llama_8b"), HEALTHY)
+    findings = diagnose_run(load_config("llama_8b"), ROOMY)
     assert {finding.status for finding in findings} == {Status.OK}
     assert found(findings, "config").found == "llama_8b: 8 ranks, mesh dp_shard 8, on cuda"
     assert found(findings, "training memory").found == (
         "14.96 GiB of state per GPU, and activations"
     )
+    assert found(findings, "snapshot memory").found == (
+        "269.3 GiB: 3 snapshots of 89.75 GiB, at most 11.22 GiB per rank"
+    )
+    assert found(findings, "registered memory").status is Status.OK
+    assert found(findings, "NUMA").found == "2 nodes: 64 GiB, 64 GiB"
+    assert found(findings, "keeper network").status is Status.OK
 
 
 @pytest.mark.parametrize(
@@ -187,6 +202,64 @@ def test_a_run_that_fits() -> None:
             "lower checkpoint.keep",
         ),
         (
+            [],
+            HEALTHY,
+            "snapshot memory",
+            Status.FAIL,
+            "by default a run may take 80 GiB",
+        ),
+        (
+            ["checkpoint.memory_budget_bytes=1073741824"],
+            ROOMY,
+            "snapshot memory",
+            Status.FAIL,
+            "checkpoint.memory_budget_bytes allows 1 GiB: raise it, shard over more nodes",
+        ),
+        (
+            ["checkpoint.memory_budget_bytes=1099511627776"],
+            replace(ROOMY, memory=replace(ROOMY.memory, limit_bytes=300 * GIB)),
+            "snapshot memory",
+            Status.FAIL,
+            "the control group allows 300 GiB: shard over more nodes, checkpoint.every_steps=0",
+        ),
+        (
+            ["checkpoint.memory_budget_bytes=1099511627776"],
+            replace(ROOMY, gpus=(), visible_gpus=0, memory=replace(ROOMY.memory, limit_bytes=None)),
+            "snapshot memory",
+            Status.OK,
+            "",
+        ),
+        (
+            [],
+            replace(ROOMY, limits=replace(ROOMY.limits, locked_bytes=(2**23, 2**23))),
+            "registered memory",
+            Status.WARN,
+            "ulimit -l unlimited",
+        ),
+        (
+            [],
+            replace(ROOMY, limits=replace(ROOMY.limits, open_files=(128, 128))),
+            "keeper files",
+            Status.FAIL,
+            "only 128 are allowed: ulimit -n 176",
+        ),
+        (
+            ["checkpoint.keeper_interface=eth1"],
+            ROOMY,
+            "keeper network",
+            Status.FAIL,
+            "there are eth0, ib0, lo here",
+        ),
+        (["checkpoint.keeper_interface=ib0"], ROOMY, "keeper network", Status.FAIL, "bring it up"),
+        (["checkpoint.keeper_interface=lo"], ROOMY, "keeper network", Status.WARN, "no other node"),
+        (
+            [],
+            replace(ROOMY, numa_bytes=(64 * GIB, 8 * GIB)),
+            "NUMA",
+            Status.WARN,
+            "some nodes have much less memory",
+        ),
+        (
             ["mesh.dp_replicate=2", "mesh.dp_shard=8"],
             HEALTHY,
             "config",
@@ -209,6 +282,21 @@ def test_a_run_that_does_not_fit(
     finding = found(findings, name)
     assert finding.status is status
     assert advice in finding.advice
+
+
+@pytest.mark.parametrize(
+    ("memory", "names"),
+    [
+        ("null", set()),
+        ("process", {"snapshot memory", "NUMA"}),
+        ("keeper", {"snapshot memory", "NUMA", "keeper files", "keeper network"}),
+    ],
+)
+def test_only_what_a_run_uses_is_checked(memory: str, names: set[str]) -> None:
+    config = load_config("debug_dp2", [f"checkpoint.memory={memory}"])
+    every = {"snapshot memory", "NUMA", "keeper files", "keeper network", "registered memory"}
+    findings = diagnose_run(config, CPU_ONLY)
+    assert {finding.name for finding in findings} & every == names
 
 
 def test_a_model_of_ones_own_is_not_estimated() -> None:

@@ -1,7 +1,9 @@
 from pathlib import Path
 
+import pytest
+
 from everstep.cluster.causes import Cause
-from everstep.cluster.closing import Outcome, closing_lines
+from everstep.cluster.closing import Outcome, closing_lines, restart_line
 
 LOGS = Path("runs/x/logs")
 AGAIN = "everstep train again"
@@ -48,6 +50,29 @@ def test_a_failure_says_the_cause_then_where_then_how_to_go_on() -> None:
         "       rank 0 failed too, in another way: see runs/x/logs",
         f"       to go on from step 7: {AGAIN}",
     ]
+
+
+def test_a_failure_says_why_it_was_not_tried_again() -> None:
+    lines = text(Outcome(exit_code=1, failure="it broke", not_again="it would come again"))
+    assert lines[-1] == "       not started again: it would come again"
+
+
+@pytest.mark.parametrize(
+    ("alike", "who"), [((), "rank 1 was"), ((2,), "ranks 1-2 were"), ((0, 2), "all ranks were")]
+)
+def test_a_restart_says_why_and_how_often(alike: tuple[int, ...], who: str) -> None:
+    cause = Cause(
+        rank=1,
+        sentence="",
+        brief="was killed (SIGKILL)",
+        traceback_file=None,
+        exit_code=1,
+        alike=alike,
+    )
+    assert restart_line(cause, 3, 1, 3) == (
+        f"{who} killed (SIGKILL): starting all ranks again from the newest saved step, restart 1 "
+        "of 3"
+    )
 
 
 def test_ranks_that_failed_alike_are_named_together() -> None:

@@ -5,7 +5,7 @@ import json
 import threading
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
@@ -21,6 +21,7 @@ from everstep.cluster.driver import (
     Waiting,
     wait_silently,
 )
+from everstep.cluster.errors import LaunchError
 from everstep.cluster.lifecycle import Job, StopAsked
 from everstep.cluster.log_tail import LogTail
 from everstep.cluster.stop_signals import StopSignals
@@ -52,6 +53,8 @@ class Bench:
     worker: str
     ranks: int = 2
     grace_s: float = 20.0
+    max_restarts: int = 0
+    drill_kill_step: int = 0
 
     def __post_init__(self) -> None:
         self.driver = InMemoryDriver(f"tests.support.fake_workers:{self.worker}")
@@ -60,7 +63,12 @@ class Bench:
 
     def run(self) -> Outcome:
         console = Console(file=self.output, width=100)
-        job = Job(world_size=self.ranks, grace_s=self.grace_s, start_by_s=time.monotonic() + 20)
+        job = Job(
+            world_size=self.ranks,
+            grace_s=self.grace_s,
+            start_by_s=time.monotonic() + 20,
+            max_restarts=self.max_restarts,
+        )
         logs = {rank: self.folder / f"{rank}.log" for rank in range(self.ranks)}
         with (
             EventLog(self.folder / "events.jsonl") as events,
@@ -73,8 +81,11 @@ class Bench:
                 events=events,
                 tail=LogTail(logs, self.ranks),
                 signals=self.signals,
+                drill_kill_step=self.drill_kill_step,
             )
-            return controller.run(specs_for)
+            return controller.run(
+                lambda placement: [replace(spec, resume="5") for spec in specs_for(placement)]
+            )
 
     def events(self) -> list[Report]:
         lines = (self.folder / "events.jsonl").read_text().splitlines()
@@ -86,6 +97,7 @@ def test_a_run_to_its_end(tmp_path: Path) -> None:
     outcome = bench.run()
     assert outcome == Outcome(exit_code=0, step=20, saved_step=20)
     assert bench.driver.calls == []
+    assert bench.driver.ended_keepers
     assert {event["rank"] for event in bench.events() if event["kind"] == "done"} == {0, 1}
     reasons = [event["reason"] for event in bench.events() if event["kind"] == "state"]
     assert reasons == ["all 2 ranks run", "all done"]
@@ -132,6 +144,90 @@ def test_a_lost_peer_is_not_the_cause(tmp_path: Path) -> None:
     outcome = bench.run()
     assert outcome.cause is not None
     assert outcome.cause.sentence == "rank 1 failed with ValueError: boom"
+
+
+def test_all_ranks_start_again_when_one_was_killed(tmp_path: Path) -> None:
+    bench = Bench(tmp_path, "dies_once", ranks=3, max_restarts=2)
+    assert bench.run() == Outcome(exit_code=0, step=20, saved_step=20)
+    assert bench.driver.calls == ["kill", "renew"]
+    assert (
+        "rank 1 was killed (SIGKILL): starting all ranks again from the newest saved step, restart "
+        "1 of 2"
+    ) in bench.output.getvalue().replace("\n", " ")
+    seen = [event for event in bench.events() if event["kind"] == "seen"]
+    assert {(event["attempt"], event["resume"]) for event in seen} == {(0, "5"), (1, "auto")}
+    (restart,) = [event for event in bench.events() if event["kind"] == "restart"]
+    assert (restart["attempt"], restart["restart"]) == (1, 1)
+    assert restart["reason"].startswith("rank 1 was killed")
+    states = [event["state"] for event in bench.events() if event["kind"] == "state"]
+    assert states == ["running", "failing", "restarting", "starting", "running", "done"]
+
+
+def test_what_was_asked_for_is_resumed_until_something_is_saved(tmp_path: Path) -> None:
+    bench = Bench(tmp_path, "dies_always", max_restarts=1)
+    outcome = bench.run()
+    assert outcome.exit_code == 1
+    assert outcome.not_again is not None
+    assert "launch.max_restarts=1" in outcome.not_again
+    assert bench.driver.calls == ["kill", "renew", "kill"]
+    assert [spec.resume for spec in bench.driver.specs] == ["5"] * 4
+
+
+def test_errors_that_a_rank_raised_are_not_tried_again(tmp_path: Path) -> None:
+    bench = Bench(tmp_path, "rank_1_raises", max_restarts=3)
+    outcome = bench.run()
+    assert outcome.not_again == "an error that a rank raised itself would come again"
+    assert bench.driver.ended_keepers  # they hold nothing
+
+
+def test_what_keepers_hold_outlives_a_run_that_failed(tmp_path: Path) -> None:
+    bench = Bench(tmp_path, "rank_1_raises")
+    bench.driver.tell(Reported(0, {"kind": "step", "step": 7, "steps": 9, "sealed": 6}))
+    assert bench.run().sealed_step == 6
+    assert not bench.driver.ended_keepers
+    assert bench.driver.calls == ["kill"]
+
+
+def test_a_drill_kills_all_ranks_once(tmp_path: Path) -> None:
+    bench = Bench(tmp_path, "train", max_restarts=1, drill_kill_step=5)
+    assert bench.run() == Outcome(exit_code=0, step=20, saved_step=20)
+    assert bench.driver.calls == ["kill", "renew"]
+    assert "drill: step 5 is done" in bench.output.getvalue()
+    assert "all ranks were killed (SIGKILL): starting" in bench.output.getvalue()
+
+
+class NoPlaceAgain(InMemoryDriver):
+    """Can start ranks once only."""
+
+    def __init__(self, patient: bool) -> None:
+        super().__init__("tests.support.fake_workers:dies_always")
+        self.patient = patient
+
+    def renew(self, waiting: Waiting = wait_silently) -> Placement:
+        while self.patient:
+            waiting("waiting for room")
+            time.sleep(0.01)
+        raise LaunchError("the cluster is too small now")
+
+
+def test_a_place_that_is_gone_ends_the_run(tmp_path: Path) -> None:
+    bench = Bench(tmp_path, "dies_always", max_restarts=3)
+    bench.driver = NoPlaceAgain(patient=False)
+    outcome = bench.run()
+    assert (outcome.exit_code, outcome.failure) == (1, "the cluster is too small now")
+
+
+def test_asked_to_stop_while_starting_again(tmp_path: Path) -> None:
+    bench = Bench(tmp_path, "dies_always", max_restarts=3)
+    bench.driver = NoPlaceAgain(patient=True)
+    asked = threading.Timer(1.0, lambda: bench.signals.queue.append(CTRL_C))
+    asked.start()
+    assert bench.run() == Outcome(exit_code=75)
+    asked.join()
+    assert [event["state"] for event in bench.events() if event["kind"] == "state"][-2:] == [
+        "restarting",
+        "stopped",
+    ]
 
 
 class SlowToPlace(InMemoryDriver):

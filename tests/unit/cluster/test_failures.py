@@ -12,7 +12,13 @@ from rich.console import Console
 from everstep.cluster.controller import run_local
 from everstep.cluster.rendezvous import listen
 from everstep.cluster.run_dir import prepare_run_dir
-from everstep.trainer.config import LaunchConfig, MeshConfig, RunConfig, TrainConfig
+from everstep.trainer.config import (
+    CheckpointConfig,
+    LaunchConfig,
+    MeshConfig,
+    RunConfig,
+    TrainConfig,
+)
 from tests.support.launched import wait_for
 
 
@@ -31,7 +37,8 @@ def run_dir(tmp_path: Path) -> Path:
 def run(worker: str, run_dir: Path, ranks: int = 2, **sections: object) -> Ran:
     """Run fake workers to their end, launched by this process."""
     output, errors = io.StringIO(), io.StringIO()
-    config = RunConfig.model_validate({"name": "fake", "train": TrainConfig(steps=20), **sections})
+    known = {"train": TrainConfig(steps=20), "checkpoint": CheckpointConfig(memory=None)}
+    config = RunConfig.model_validate({"name": "fake", **known, **sections})
     code = run_local(
         config,
         run_dir,
@@ -81,7 +88,11 @@ def test_failures_are_one_sentence_and_leave_nothing(
     assert ran.code == code
     assert re.match(sentence, ran.errors)
     assert "Traceback" not in ran.errors + ran.output
-    assert len(ran.errors.splitlines()) <= 2
+    assert len(ran.errors.splitlines()) <= 3
+    killed = worker == "rank_1_killed"
+    why = "and ranks failed again after each" if killed else "that a rank raised itself would"
+    assert re.search(rf"\n       not started again: .* {why} ", ran.errors)
+    assert ran.output.count("starting all ranks again") == (3 if killed else 0)
     trace = re.search(r"full trace: (\S+)", ran.errors)
     if trace is not None:
         assert "Traceback (most recent call last)" in Path(trace[1]).read_text()

@@ -10,6 +10,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from everstep.cluster.keepers import NO_KEEPERS
 from everstep.cluster.ray_worker import HostSetup, RankHost, installed_versions
 from everstep.cluster.shared_dir import write_token
 from everstep.trainer.rank_spec import RankSpec
@@ -41,6 +42,7 @@ def host(run_dir: Path, worker: str, *, rank: int = 0, **setup: Any) -> RankHost
         target=f"tests.support.fake_workers:{worker}",
         preload=[],
         threads=1,
+        keepers=asdict(NO_KEEPERS),
         silence_s=60.0,
     )
     return RankHost(asdict(known) | setup, asdict(spec))

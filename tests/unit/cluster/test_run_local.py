@@ -176,6 +176,19 @@ def test_what_ranks_started_ends_with_them(run_dir: Path) -> None:
         assert launched.errors.startswith("error: rank 1 was killed by signal 9 (SIGKILL)")
 
 
+def test_killed_ranks_start_again_and_nothing_of_the_first_ones_is_left(run_dir: Path) -> None:
+    with Launched("dies_once", run_dir, ranks=2, restarts=3) as launched:
+        assert launched.wait() == 0, launched.errors
+        launched.assert_nothing_left()
+        line = "rank 1 was killed (SIGKILL): starting all ranks again from the newest saved step,"
+        assert f"{line} restart 1 of 3" in launched.output
+        assert "step 20/20" in launched.output
+        assert launched.errors == ""
+    child = (run_dir / "child").read_text()
+    assert not Path("/proc", child).exists()
+    assert [event["attempt"] for event in events(run_dir) if event["kind"] == "restart"] == [1]
+
+
 def test_losing_the_zygote_ends_the_run(run_dir: Path) -> None:
     with Launched("hang_at_stop", run_dir) as launched:
         launched.wait_for_output("step 1/")
@@ -208,7 +221,7 @@ def test_the_lock_is_held_as_long_as_any_rank_lives(run_dir: Path) -> None:
 def test_a_reader_that_goes_away_does_not_stop_the_run(run_dir: Path) -> None:
     program = [sys.executable, "-m", "tests.support.launched"]
     process = subprocess.Popen(
-        [*program, "train", str(run_dir), "2", "5", "local"],
+        [*program, "train", str(run_dir), "2", "5", "0", "local"],
         stdout=subprocess.PIPE,
         stderr=subprocess.DEVNULL,
         cwd=ROOT,

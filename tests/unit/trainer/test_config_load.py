@@ -181,6 +181,14 @@ def test_an_override_can_clear_an_optional_value() -> None:
             f"{MINIMAL}\nlaunch: {{resources_per_rank: {{GPU: 2}}}}",
             "launch.resources_per_rank names GPU, which is reserved without it",
         ),
+        (
+            f"{MINIMAL}\ncheckpoint: {{every_s: 30, memory: null}}\n",
+            "checkpoint.every_s=30 needs snapshots, and checkpoint.memory is null",
+        ),
+        (
+            f"{MINIMAL}\nlaunch: {{drill_kill_step: 3, max_restarts: 0}}\n",
+            "launch.drill_kill_step=3 kills all ranks, and launch.max_restarts=0 would not start",
+        ),
         (f"{MINIMAL}\nmodel: {{factory_args: 3}}", "model.factory_args: got 3, expected a mapping"),
         (f"{MINIMAL}\ndata: {{source: {'x' * 99}, seq_len: 1}}", "data.seq_len: got 1"),
     ],

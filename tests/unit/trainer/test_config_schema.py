@@ -23,7 +23,9 @@ class Lists(Section):
         ("optim.schedule", "one of 'cosine', 'wsd', 'constant'"),
         ("model.tie_embeddings", "true or false"),
         ("model.factory", "a string or nothing (null)"),
-        ("checkpoint", "a section with the keys every_steps, keep, directory"),
+        ("metrics", "a section with the keys sinks"),
+        ("checkpoint.memory", "one of 'keeper', 'process' or nothing (null)"),
+        ("checkpoint.memory_budget_bytes", "an integer >= 1048576 or nothing (null)"),
     ],
 )
 def test_descriptions(key: str, words: str) -> None:

@@ -42,7 +42,7 @@ def test_tokens_seen_are_those_that_the_data_position_counts() -> None:
         first_loss=2.0,
         last_loss=1.0,
         eval_loss=math.nan,
-        saved_step=4,
+        saves=SimpleNamespace(durable_step=4),
     )
     submitted = "everstep submit my.yaml --run-dir /shared/r"
     lines = summarise(run, Path("/shared/r"), 1, None, submitted=submitted)

@@ -5,10 +5,11 @@ from pathlib import Path
 import pytest
 import torch
 
+from everstep.trainer.checkpoint_place import checkpoint_place
 from everstep.trainer.config import ParallelConfig, RunConfig, TrainConfig
 from everstep.trainer.errors import ConfigError
 from everstep.trainer.rank_spec import RankSpec
-from everstep.trainer.worker_main import _choose_device, checkpoint_place
+from everstep.trainer.worker_main import _choose_device
 
 
 def choose(device: str, *, gpus_seen: int, reserved: str | None, monkey: pytest.MonkeyPatch) -> str:
@@ -67,4 +68,5 @@ def test_cuda_that_is_not_there_is_an_error(monkeypatch: pytest.MonkeyPatch) -> 
     ],
 )
 def test_where_checkpoints_live(directory: str | None, place: Path | str) -> None:
-    assert checkpoint_place(Path("runs/a"), directory) == place
+    expected = place if isinstance(place, str) else place.absolute()
+    assert checkpoint_place(Path("runs/a"), directory) == expected

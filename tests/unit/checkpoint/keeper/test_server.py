@@ -4,16 +4,19 @@ import contextlib
 import fcntl
 import mmap
 import os
+import resource
 import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
 from everstep.checkpoint.direct_io import ByteArray
 from everstep.checkpoint.errors import KeeperError, SaveFailedError, SlotMemoryError
+from everstep.checkpoint.keeper import control
 from everstep.checkpoint.keeper.client import KeeperMemory
 from everstep.checkpoint.keeper.place import KeeperPlace
 from everstep.checkpoint.keeper.server import ReadSlot, SealedSlots
@@ -152,16 +155,16 @@ def test_a_flush_resolves_when_it_is_durable(keeper: KeeperThread, tmp_path: Pat
         assert memory.flushing() == set()
         assert memory.pinned() == set()
         assert (tmp_path / "tries").read_text() == "8-0\n"
-        assert memory.status()["flushes"]["done"] == 1
+        assert memory.status()["flushes"]["done"] == 2
 
 
 def test_a_flush_fails_with_its_own_error(keeper: KeeperThread, tmp_path: Path) -> None:
     with keeper.connect() as memory:
         slots = memory.reserve(SLOT_BYTES, 1)
-        with pytest.raises(KeeperError, match="but holds nothing"):
+        with pytest.raises(SlotMemoryError, match="does not hold step 8"):
             result(memory.flush(0, order(tmp_path, 8)))
         seal(slots[0], 9)
-        with pytest.raises(KeeperError, match="as step 8, but holds step 9"):
+        with pytest.raises(SlotMemoryError, match="does not hold step 8"):
             result(memory.flush(0, order(tmp_path, 8)))
         (tmp_path / "fail").touch()
         with pytest.raises(SaveFailedError) as failed:
@@ -172,7 +175,7 @@ def test_a_flush_fails_with_its_own_error(keeper: KeeperThread, tmp_path: Path) 
         assert missing.value.filename == str(tmp_path / "nowhere" / "tries")
         (tmp_path / "fail").unlink()
         result(memory.flush(0, order(tmp_path, 9)))
-        with pytest.raises(KeeperError, match="which it has not reserved"):
+        with pytest.raises(KeeperError, match="there is no slot 1 of rank 0"):
             result(memory.flush(1, order(tmp_path, 9)))
 
 
@@ -263,8 +266,7 @@ def test_the_next_process_of_a_rank_takes_its_place(keeper: KeeperThread) -> Non
     with keeper.connect() as second:
         assert holds(second.reserve(SLOT_BYTES, 1)[0], 2)
         with pytest.raises(KeeperError, match="has taken the place of this rank"):
-            eventually(first.status)
-            first.reserve(SLOT_BYTES, 1)
+            first.status()
         first.close()
         assert second.status()["trainers"] == [{"rank": 0, "pid": os.getpid()}]
 
@@ -338,13 +340,13 @@ def test_without_a_keeper_calls_fail_in_time(place: KeeperPlace, tmp_path: Path)
     place.clear()
     with pytest.raises(KeeperError, match="everstep keeper start --job job"):
         result(future)
-    with pytest.raises(KeeperError, match="has not answered 'pinned' within 0.3 s"):
+    with pytest.raises(KeeperError, match="everstep keeper start --job job"):
         memory.pinned()
     memory.sealed(0, None)
     memory.close()
     with pytest.raises(KeeperError, match="is closed"):
         memory.pinned()
-    with pytest.raises(KeeperError, match="is not there: .*everstep keeper start --job job"):
+    with pytest.raises(KeeperError, match=r"is not there: .*everstep keeper start --job job"):
         KeeperMemory("job", rank=0, world_size=1, place=place.root)
 
 
@@ -362,8 +364,8 @@ def test_bad_requests_are_refused_and_cost_nothing(keeper: KeeperThread) -> None
         for do in ("nonsense", "flush", "sealed", "adopt", "lend_lock", "pin_again", "goodbye"):
             with pytest.raises(KeeperError):
                 memory._link.call(do)
+        shape: dict[str, Any] = {"set_id": "x", "rank": 0, "slot_bytes": 4096, "slots": 1}
         with open(os.devnull) as file, pytest.raises(KeeperError, match="no memfd"):
-            shape = {"set_id": "x", "rank": 0, "slot_bytes": 4096, "slots": 1}
             memory._link.call("adopt", [file.fileno()], **shape)
         connection = keeper.place.connect()
         connection.sendall(b"GET / HTTP/1.1\r\n\r\n")
@@ -459,7 +461,7 @@ def test_a_data_plane_reads_what_is_sealed(place: KeeperPlace) -> None:
         with read(0, StepId(1, 3)) as found:
             assert holds(found, 3)
             assert memory.pinned() == {1}
-        assert memory.pinned() == set()
+        eventually(lambda: not memory.pinned())
         with (
             pytest.raises(KeeperError, match="is not in this keeper's memory"),
             read(1, StepId(1, 3)),
@@ -495,9 +497,34 @@ memory.close()
     assert found.stdout == "3 0 set()\n"
 
 
+def test_a_trainer_is_killed_before_its_keeper() -> None:
+    code = """
+from everstep.checkpoint.keeper.client import prefer_dying
+print(prefer_dying(300), prefer_dying(200), open("/proc/self/oom_score_adj").read())
+"""
+    command = [sys.executable, "-c", code]
+    environment = {**os.environ, "PYTHONPATH": os.getcwd()}
+    out = subprocess.check_output(command, env=environment, timeout=30, text=True)
+    first, second, now = map(int, out.split())
+    assert first == second == now >= 300
+
+
 def test_arrays_outlive_the_memory(keeper: KeeperThread) -> None:
     memory = keeper.connect()
     slot: ByteArray = memory.reserve(SLOT_BYTES, 1)[0]
     memory.close()
     slot[:] = np.uint8(3)
     assert int(slot[-1]) == 3
+
+
+def test_status_in_a_process_with_many_files(keeper: KeeperThread, place: KeeperPlace) -> None:
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if hard < 2000:
+        pytest.skip(f"this host lets a process have {hard} files only")
+    resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, 2000), hard))
+    with contextlib.ExitStack() as files:
+        for _ in range(1100):
+            files.enter_context(open(os.devnull))
+        found = control.status(place.job, place=place.root)
+    assert found is not None
+    assert found["pid"] == os.getpid()

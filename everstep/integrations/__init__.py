@@ -1,0 +1,1 @@
+"""Checkpoints and snapshots in the training loops of other libraries."""
