@@ -5,8 +5,9 @@
 A state of bf16 parameters with fp32 master copies and moments (14 bytes per parameter) is trained
 by matrix products that take about ``--step-s`` per step. Turns alternate between steps without
 snapshots, steps with one at each, and steps with one staged into pinned memory by
-``torch.distributed.checkpoint``, where torch has that (neither writes anything to disk); figures are medians over the steps of all turns but the first. The
-link's peak is that of a plain copy of 1 GiB to pinned memory.
+``torch.distributed.checkpoint``, where torch has that; neither writes anything to disk. Figures are
+medians over the steps of all turns but the first. The link's peak is that of a plain copy of 1 GiB
+to pinned memory.
 
 Without a GPU it ends with exit code 2. It has not been run so far: no figures are published.
 """
