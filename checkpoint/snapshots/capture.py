@@ -1,7 +1,8 @@
 """Copying a live state into a slot, beside the training (torch; the copies are native)."""
 
 import math
-from typing import Any
+from abc import ABC, abstractmethod
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -18,8 +19,46 @@ from everstep.checkpoint.snapshots.live_state import LiveState, Look
 from everstep.checkpoint.snapshots.slot_format import Seal, SlotLayout, slot_layout, write_seal
 
 
+class Capture(Protocol):
+    """One snapshot on its way into a slot."""
+
+    slot: ByteArray
+    """The memory."""
+    crcs: NDArray[np.uint32]
+    """The checksums of the blocks of data, once everything is copied."""
+    look: Look
+    """What was taken when the step was saved."""
+
+    @property
+    def done(self) -> bool:
+        """Whether everything is copied."""
+        ...
+
+    @property
+    def copied_bytes(self) -> int:
+        """How much is copied so far."""
+        ...
+
+    @property
+    def elapsed_s(self) -> float:
+        """From the begin until everything was copied, or until now."""
+        ...
+
+    def help(self) -> float:
+        """Once it returns, the caller may change tensors; the seconds that it took."""
+        ...
+
+    def wait(self, timeout_s: float) -> bool:
+        """Sleep until everything is copied, or for a time; whether it is."""
+        ...
+
+    def cancel(self) -> None:
+        """Copy no more; returns when nothing reads the state any more."""
+        ...
+
+
 class HostCapture:
-    """One snapshot on its way into a slot.
+    """One snapshot of a state in host memory on its way into a slot; see ``Capture``.
 
     Args:
         job: the copies that are under way.
@@ -59,7 +98,7 @@ class HostCapture:
         self._job.cancel()
 
 
-class CapturePlan:
+class CapturePlan(ABC):
     """What this rank copies of each step, and where it goes in a slot.
 
     Args:
@@ -72,59 +111,22 @@ class CapturePlan:
     def __init__(self, live: LiveState, pack: PackPlan, file: str, world_size: int) -> None:
         self.live, self.pack = live, pack
         self._file, self._world_size = file, world_size
-        self._aim()
         self.probes = live.probes(pack.fragments)
         """An optimizer and a tensor that it updates, for each that has one here."""
         sample = self._part(StepId(0, 0), 0, live.first.context)
         self.layout: SlotLayout = slot_layout(pack.size_bytes, len(encode_part(sample)))
 
-    def _aim(self) -> None:
-        """Take down where everything is now."""
-        live, pack = self.live, self.pack
-        self._found = live.found
-        self._addresses = np.zeros(len(pack.fragments), np.uint64)
-        self._staged: dict[int, torch.Tensor] = {}
-        strides = []
-        for index, fragment in enumerate(pack.fragments):
-            tensor = live.fixed.get(fragment) or live.first.moving[fragment]
-            if fragment in live.fixed and live.is_late(fragment, tensor):
-                self._addresses[index] = tensor.local.data_ptr()
-                strides.append(_strides(tensor.local))
-            else:
-                strides.append(dense_strides(fragment.box.shape, fragment.spec.item_bytes))
-                if fragment.size_bytes:
-                    self._staged[index] = torch.empty(tensor.local.shape, dtype=tensor.local.dtype)
-        self._copies = CopyPlan(
-            pack.starts,
-            [fragment.box.shape for fragment in pack.fragments],
-            strides,
-            [fragment.spec.item_bytes for fragment in pack.fragments],
-            data_bytes=pack.data_bytes,
-            block_bytes=BLOCK_BYTES,
-        )
-
+    @abstractmethod
     def begin(
         self, copier: Copier, slot: ByteArray, look: Look, bytes_per_s: float | None
-    ) -> HostCapture:
+    ) -> Capture:
         """Copy at once what is to be, and begin with the rest, at a rate (None: full speed)."""
-        if self.live.found != self._found:
-            self._aim()
-        addresses = self._addresses.copy()
-        with torch.no_grad():
-            for index, staged in self._staged.items():
-                fragment = self.pack.fragments[index]
-                tensor = look.moving.get(fragment) or self.live.fixed[fragment]
-                local = tensor.local
-                if self.live.is_late(fragment, tensor) and local.is_contiguous():
-                    addresses[index] = local.data_ptr()
-                else:
-                    staged.copy_(local)
-                    addresses[index] = staged.data_ptr()
-        crcs = np.zeros(self.pack.n_blocks, np.uint32)
-        job = copier.start(self._copies, addresses, self._data(slot), crcs, bytes_per_s=bytes_per_s)
-        return HostCapture(job, slot, crcs, look)
 
-    def seal(self, capture: HostCapture, step_id: StepId, owner: bytes, lineage: Any) -> None:
+    @abstractmethod
+    def close(self) -> None:
+        """Slots are not captured into any more; may be called twice."""
+
+    def seal(self, capture: Capture, step_id: StepId, owner: bytes, lineage: Any) -> None:
         """Complete a slot whose data is there."""
         table = capture.crcs.astype("<u4").tobytes()
         header = self.pack.header
@@ -186,6 +188,63 @@ class CapturePlan:
             fragments=self.pack.fragments,
             context=context,
         )
+
+
+class HostPlan(CapturePlan):
+    """The plan for a state in host memory; see ``CapturePlan``."""
+
+    def __init__(self, live: LiveState, pack: PackPlan, file: str, world_size: int) -> None:
+        super().__init__(live, pack, file, world_size)
+        self._aim()
+
+    def _aim(self) -> None:
+        """Take down where everything is now."""
+        live, pack = self.live, self.pack
+        self._found = live.found
+        self._addresses = np.zeros(len(pack.fragments), np.uint64)
+        self._staged: dict[int, torch.Tensor] = {}
+        strides = []
+        for index, fragment in enumerate(pack.fragments):
+            tensor = live.fixed.get(fragment) or live.first.moving[fragment]
+            if fragment in live.fixed and live.is_late(fragment, tensor):
+                self._addresses[index] = tensor.local.data_ptr()
+                strides.append(_strides(tensor.local))
+            else:
+                strides.append(dense_strides(fragment.box.shape, fragment.spec.item_bytes))
+                if fragment.size_bytes:
+                    self._staged[index] = torch.empty(tensor.local.shape, dtype=tensor.local.dtype)
+        self._copies = CopyPlan(
+            pack.starts,
+            [fragment.box.shape for fragment in pack.fragments],
+            strides,
+            [fragment.spec.item_bytes for fragment in pack.fragments],
+            data_bytes=pack.data_bytes,
+            block_bytes=BLOCK_BYTES,
+        )
+
+    def begin(
+        self, copier: Copier, slot: ByteArray, look: Look, bytes_per_s: float | None
+    ) -> HostCapture:
+        """See ``CapturePlan``."""
+        if self.live.found != self._found:
+            self._aim()
+        addresses = self._addresses.copy()
+        with torch.no_grad():
+            for index, staged in self._staged.items():
+                fragment = self.pack.fragments[index]
+                tensor = look.moving.get(fragment) or self.live.fixed[fragment]
+                local = tensor.local
+                if self.live.is_late(fragment, tensor) and local.is_contiguous():
+                    addresses[index] = local.data_ptr()
+                else:
+                    staged.copy_(local)
+                    addresses[index] = staged.data_ptr()
+        crcs = np.zeros(self.pack.n_blocks, np.uint32)
+        job = copier.start(self._copies, addresses, self._data(slot), crcs, bytes_per_s=bytes_per_s)
+        return HostCapture(job, slot, crcs, look)
+
+    def close(self) -> None:
+        """See ``CapturePlan``: there is nothing to be done."""
 
 
 _SAMPLE_BYTES = 1024

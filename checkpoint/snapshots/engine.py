@@ -39,7 +39,8 @@ from everstep.checkpoint.snapshots import slots as rule
 from everstep.checkpoint.snapshots.agreement import Agreement
 from everstep.checkpoint.snapshots.beside import Beside
 from everstep.checkpoint.snapshots.board import SlotBoard
-from everstep.checkpoint.snapshots.capture import CapturePlan, HostCapture
+from everstep.checkpoint.snapshots.capture import Capture, CapturePlan
+from everstep.checkpoint.snapshots.device_capture import capture_plan
 from everstep.checkpoint.snapshots.fences import Fences
 from everstep.checkpoint.snapshots.flushing import Flushing
 from everstep.checkpoint.snapshots.found import found_slots
@@ -81,7 +82,7 @@ class _Current:
     board: SlotBoard
     index: int
     step_id: StepId
-    capture: HostCapture
+    capture: Capture
     handle: SaveHandle
     flush: bool
     urgent: bool
@@ -135,6 +136,7 @@ class SnapshotEngine:
         self._timeout_s, self._lazy_objects = timeout_s, lazy_objects
         self._file = f"rank-{collective.rank:05d}-{os.urandom(4).hex()}.safetensors"
         self._pacing = Pacing(settings=pacing or PacingSettings(paced_copy=False))
+        self._threads = threads
         self._copier = Copier(threads=threads, nice=_NICE)
         self._fences = Fences(self._fence)
         self._beside = Beside("everstep-snapshots")
@@ -177,7 +179,8 @@ class SnapshotEngine:
         self._restored = step_id if memory else None
         self._lineage = frozenset(lineage)
         self._flushing.began_from(NOTHING if step_id is None else step_id.step)
-        self._plan, self._layout, self._current = None, None, None
+        self._drop_plan()
+        self._layout, self._current = None, None
         self._board.adopt(self._restored, self._lineage)  # flushes of it go on
 
     def prepare_load(self, state: State) -> None:
@@ -237,6 +240,7 @@ class SnapshotEngine:
                 current.capture.cancel()
         self._beside.close(self._timeout_s if finished else _ABANDON_S)
         self._copier.close()
+        self._drop_plan()
         self._memory.close(finished=finished)
         if finished:
             if self._defect is not None:
@@ -354,7 +358,10 @@ class SnapshotEngine:
 
     def _reserve(self, live: LiveState) -> None:
         pack = self._save_plan.pack()
-        plan = CapturePlan(live, pack, self._file, self._collective.world_size)
+        plan = capture_plan(
+            live, pack, self._file, self._collective.world_size, threads=self._threads
+        )
+        self._drop_plan()
         count = rule.slots_needed(flush=self._interval.flushes, protect=False)
         memories = self._memory.reserve(plan.layout.slot_bytes, count)
         if not self._board.is_of(memories):  # else what it holds stays, and is still being flushed
@@ -364,6 +371,12 @@ class SnapshotEngine:
             self._memory.set_orphan_order(self._order_for(StepId(0, 0), None))
         self.report.snapshot_bytes = pack.size_bytes
         self.report.reserved_bytes = sum(map(len, memories))
+
+    def _drop_plan(self) -> None:
+        """Nothing is being captured any more."""
+        if self._plan is not None:
+            self._plan.close()
+        self._plan = None
 
     def _left_in(self, memories: Sequence[ByteArray]) -> rule.Slots:
         """What a process before this one has left in slots, as far as it counts."""
@@ -424,7 +437,10 @@ class SnapshotEngine:
         """Return when nothing of the last snapshot is left to be copied, on any thread."""
         with self._fence_lock:  # hooks of optimizers inside of backward run on other threads
             current = self._current
-            if current is None or current.fenced:
+            if current is None:
+                return
+            if current.fenced:
+                current.capture.help()  # a device's queue of this thread may be another one
                 return
             window_s = time.perf_counter() - current.begun_s
             copied_bytes = current.capture.copied_bytes

@@ -55,6 +55,7 @@ class Ema:
 
     def __init__(self, model: nn.Module) -> None:
         self._means = [p.detach().clone() for p in model.parameters()]
+        self.device = self._means[0].device
         self.updates = 0
 
     def update(self) -> None:
@@ -94,14 +95,14 @@ class Training:
 
     def train(self) -> None:
         """Forward, backward, update."""
-        tokens = torch.randint(0, 16, (8,))
+        tokens = torch.randint(0, 16, (8,), device=self.ema.device)
         logits = self.state.model(tokens)
         self.step(nn.functional.cross_entropy(logits, tokens))
 
 
-def training(make: "Flavour", width: int = 8) -> Training:
+def training(make: "Flavour", width: int = 8, device: str = "cpu") -> Training:
     """A loop of a flavour; its optimizers change all they can right after their first hook."""
-    model = OddModel(width)
+    model = OddModel(width).to(device)
     optimizers, step, objects = make(model)
     ema, data = Ema(model), Counter(0)
     state = State(model=model, optimizer=list(optimizers), ema=ema, data=data, **objects)

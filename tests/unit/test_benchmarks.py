@@ -11,7 +11,9 @@ from types import ModuleType
 from typing import Any
 
 import pytest
+import torch
 
+from everstep.checkpoint.torch_state import tensors_of
 from everstep.trainer.config_load import load_config
 
 FOLDER = Path(__file__).resolve().parents[2] / "benchmarks"
@@ -34,6 +36,31 @@ def test_the_gpu_benchmark_says_that_it_needs_a_gpu(
     monkeypatch.setattr(sys, "argv", ["gpu_train.py"])
     assert load("gpu_train").main() == 2
     assert "--device cpu --config debug_single" in capsys.readouterr().err
+
+
+def test_the_gpu_benchmark_of_snapshots_says_that_it_needs_a_gpu(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    monkeypatch.setattr(sys, "argv", ["gpu_snapshot.py"])
+    benchmark = load("gpu_snapshot")
+    assert benchmark.main() == 2
+    assert "no CUDA device" in capsys.readouterr().err
+
+
+def test_its_state_trains_and_is_one_of_everstep(monkeypatch: pytest.MonkeyPatch) -> None:
+    benchmark = load("gpu_snapshot")
+    monkeypatch.setattr(benchmark, "WIDTH", 16)
+    state = benchmark.state_of(3 * 16**2, "cpu")
+    sizes = [t.local.nbytes for t in tensors_of(state).values()]
+    assert sum(sizes) == 3 * 16**2 * (2 + 4 + 4 + 4)
+    before = state.model[0].weight.clone()
+    batch = torch.randn(4, 16, dtype=torch.bfloat16)
+    for _ in range(5):
+        benchmark.train_step(state, batch, repeats=2)
+    master = state.optimizers[0].state[state.model[0].weight]["master"]
+    assert not torch.equal(before.float(), master)
+    assert torch.equal(master.to(torch.bfloat16), state.model[0].weight)
 
 
 def test_the_gpu_benchmark_takes_few_micro_batches_and_leaves_warm_up_out() -> None:

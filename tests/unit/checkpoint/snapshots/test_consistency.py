@@ -6,11 +6,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from everstep.checkpoint.checkpointer import Checkpointer
 from everstep.checkpoint.snapshots import engine
 from everstep.checkpoint.snapshots.fences import Fences
-from tests.support.adversary import FLAVOURS, Flavour, OwnSgd, compiled, training
-from tests.support.snapshot_checks import Moment, SealedCopies, copy_at, differences, moment
+from tests.support.adversary import FLAVOURS, Flavour, OwnSgd, compiled
+from tests.support.adversary_runs import torn
+from tests.support.snapshot_checks import copy_at
 
 ONLY_HELPERS = 0.0
 """A rate: background threads copy nothing, so that everything is copied as late as possible."""
@@ -23,36 +23,6 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
-
-
-def torn(folder: Path, flavour: Flavour, steps: int, width: int = 8) -> tuple[int, list[str]]:
-    """How many snapshots were taken, and what was wrong in them."""
-    torch.manual_seed(7)
-    loop = training(flavour, width)
-    memory = SealedCopies()
-    wrong: list[str] = []
-    last: tuple[int, Moment] | None = None
-
-    def compare() -> None:
-        if last is not None:
-            step, wanted = last
-            wrong.extend(f"{step}: {name}" for name in differences(wanted, memory.take(step)))
-
-    with Checkpointer(folder, memory=memory) as checkpointer:
-        checkpointer.load(loop.state)
-        for step in range(steps):
-            loop.train()
-            loop.ema.update()
-            wanted = moment(loop.state)
-            handle = checkpointer.save(step, loop.state)
-            loop.changed_after_save()
-            if handle.skipped is None:
-                compare()
-                last = step, wanted
-        checkpointer.wait_captured()
-        compare()
-        taken = checkpointer.report().taken
-    return taken, wrong
 
 
 @pytest.mark.parametrize("name", FLAVOURS)
