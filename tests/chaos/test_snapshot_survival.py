@@ -112,6 +112,7 @@ class Chain:
 def _die_at(chain: Chain, world_size: int, point: str, step: int, ranks: tuple[int, ...]) -> None:
     """Kill all trainers while some are at a point, and look which snapshot is the newest one."""
     before = chain.next_step - 1
+    step = 0 if point in LOAD_POINTS else step
     chain.begin(world_size, *(Stop(rank, point, step) for rank in ranks))
     stopped = chain.trainers.wait_stopped()
     newest_sealed = chain.trainers.newest_sealed
