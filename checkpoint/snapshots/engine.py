@@ -86,8 +86,8 @@ class _Current:
     flush: bool
     urgent: bool
     """It is to be durable as soon as it can be."""
-    probes: list[tuple[torch.optim.Optimizer, int, Fragment]]
-    """For each optimizer, how often its hook had fired, and a tensor that it updates."""
+    probes: list[tuple[torch.optim.Optimizer, int, Fragment, bytes | None]]
+    """For each optimizer, how often its hook had fired, and some values that it updates."""
     begun_s: float = field(default_factory=time.perf_counter)
     fenced: bool = False
     over: threading.Event = field(default_factory=threading.Event)
@@ -157,7 +157,6 @@ class SnapshotEngine:
         self._lineage: Collection[StepId] = ()
         self._current: _Current | None = None
         self._fence_lock = threading.Lock()
-        self._resumes = True
         self._failed: set[int] = set()
         self._all_sealed: StepId | None = None
         self._others_from: int | None = None
@@ -178,7 +177,8 @@ class SnapshotEngine:
         self._restored = step_id if memory else None
         self._lineage = frozenset(lineage)
         self._flushing.began_from(NOTHING if step_id is None else step_id.step)
-        self._plan, self._layout, self._current, self._resumes = None, None, None, True
+        self._plan, self._layout, self._current = None, None, None
+        self._board.adopt(self._restored, self._lineage)  # flushes of it go on
 
     def prepare_load(self, state: State) -> None:
         """Before other calls use the collective; optimizers are hooked the earlier the better."""
@@ -357,12 +357,9 @@ class SnapshotEngine:
         plan = CapturePlan(live, pack, self._file, self._collective.world_size)
         count = rule.slots_needed(flush=self._interval.flushes, protect=False)
         memories = self._memory.reserve(plan.layout.slot_bytes, count)
-        if self._board.is_of(memories):  # what it holds stays, and is still being flushed
-            if self._resumes:
-                self._board.adopt(self._restored, self._lineage)
-        else:
+        if not self._board.is_of(memories):  # else what it holds stays, and is still being flushed
             self._board = SlotBoard(memories, self._left_in(memories))
-        self._plan, self._resumes = plan, False
+        self._plan = plan
         if isinstance(self._memory, OutlivingMemory):
             self._memory.set_orphan_order(self._order_for(StepId(0, 0), None))
         self.report.snapshot_bytes = pack.size_bytes
@@ -411,7 +408,7 @@ class SnapshotEngine:
             handle=handle,
             flush=flush,
             urgent=urgent,
-            probes=[(o, self._fences.count(o), f) for o, f in plan.probes],
+            probes=[(o, self._fences.count(o), f, plan.sample(f)) for o, f in plan.probes],
         )
         self._current = current
         self._beside.do(lambda: self._complete(current))
@@ -442,6 +439,8 @@ class SnapshotEngine:
             background_s=min(window_s, current.capture.elapsed_s),
         )
         self._pacing = after_step(self._pacing, facts)
+        if copied_bytes and facts.background_s > 0:
+            self.report.copy_bytes_per_s = copied_bytes / facts.background_s
 
     def _wait_unproven(self) -> None:
         """No optimizer has shown yet that it would wait: copy now."""
@@ -461,10 +460,8 @@ class SnapshotEngine:
         current = self._current
         if current is None or not self._fences.proven:
             return
-        for optimizer, count, fragment in current.probes:
-            if self._fences.count(optimizer) > count:
-                continue
-            if current.plan.differs(current.board.memory(current.index), fragment):
+        for optimizer, count, fragment, sample in current.probes:
+            if self._fences.count(optimizer) == count and current.plan.sample(fragment) != sample:
                 self._failed.add(current.step_id.step)
                 raise StateError(
                     f"{fragment.spec.name!r} has changed since step {current.step_id.step} was "

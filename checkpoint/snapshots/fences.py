@@ -25,11 +25,17 @@ class Fences:
         self._by_hand = 0
 
     def watch(self, optimizers: Iterable[torch.optim.Optimizer]) -> None:
-        """Hook those that are not hooked yet; copies of an optimizer have lost their hooks.
+        """Hook those that are not hooked yet, and no others.
+
+        Copies of an optimizer have lost its hooks.
 
         Raises:
             StateError: one cannot be hooked.
         """
+        optimizers = list(optimizers)
+        for key in self._hooks.keys() - {id(optimizer) for optimizer in optimizers}:
+            self._hooks.pop(key)[1].remove()
+            del self._fired[key]
         for optimizer in optimizers:
             key = id(optimizer)
             known = self._hooks.get(key)

@@ -43,6 +43,8 @@ class SnapshotReport:
     """Time of the caller before updates: helping with copies that were not complete."""
     copied_bytes: int = 0
     """Of all snapshots, what was copied in the background."""
+    copy_bytes_per_s: float | None = None
+    """How fast the last one was copied in the background, as far as it was."""
     snapshot_bytes: int = 0
     """Size of one snapshot of this rank."""
     reserved_bytes: int = 0

@@ -7,7 +7,7 @@
 
 ``train()`` continues after the newest step that there is: with its weights, optimizer, schedule,
 counters, log, random numbers, and at the next sample. Works in one process and, with a
-``ProcessGroupCollective``, under torchrun and accelerate (DDP, FSDP2).
+``ProcessGroupCollective``, under torchrun (DDP).
 """
 
 import tempfile
@@ -71,7 +71,7 @@ def _reasons(trainer: Trainer) -> dict[str, str]:
     }
     reasons = {name: why if getattr(args, name, False) else "" for name, why in found.items()}
     if trainer.is_deepspeed_enabled:
-        reasons["DeepSpeed"] = "its optimizer keeps its state to itself; use DDP or FSDP2"
+        reasons["DeepSpeed"] = "its optimizer keeps its state to itself; use DDP"
     if not all(hasattr(trainer, name) for name in _OWN_STEPS):
         reasons["this version of transformers"] = "its loop is another one; upgrade to 5 or newer"
     return reasons

@@ -70,8 +70,8 @@ class TrainerRecord:
                 ],
             )
         entries = [json.loads(line) for line in self._loaded["log"].splitlines()]
-        state = TrainerState(**self._loaded["state"], log_history=entries)
-        state.save_to_json(str(folder / "trainer_state.json"))
+        counters = {**self._loaded["state"], "log_history": entries}
+        (folder / "trainer_state.json").write_text(json.dumps(counters), encoding="utf-8")
 
     def apply_schedule(self) -> None:
         """Give schedule and loss scale to the Trainer, which must have made them."""

@@ -106,6 +106,7 @@ def training(make: "Flavour", width: int = 8) -> Training:
     ema, data = Ema(model), Counter(0)
     state = State(model=model, optimizer=list(optimizers), ema=ema, data=data, **objects)
 
+    @torch.compiler.disable
     def change(*_: object) -> None:
         with torch.no_grad():
             for optimizer in optimizers:
@@ -244,17 +245,21 @@ def in_backward(model: nn.Module) -> Made:
     return optimizers, lambda loss: loss.backward(), {}
 
 
-def compiled(model: nn.Module) -> Made:
-    """The step of an optimizer goes through the compiler."""
-    optimizer = torch.optim.AdamW(trained(model), lr=0.001, foreach=True)
-    compiled_step = torch.compile(optimizer.step, backend="eager")
+def compiled(kind: type[torch.optim.Optimizer], **options: Any) -> Flavour:
+    """The step of an optimizer goes through the compiler; that takes seconds to begin."""
 
-    def step(loss: torch.Tensor) -> None:
-        loss.backward()
-        compiled_step()
-        optimizer.zero_grad()
+    def make(model: nn.Module) -> Made:
+        optimizer = kind(trained(model), **options)
+        compiled_step = torch.compile(optimizer.step, backend="eager")
 
-    return (optimizer,), step, {}
+        def step(loss: torch.Tensor) -> None:
+            loss.backward()
+            compiled_step()
+            optimizer.zero_grad()
+
+        return (optimizer,), step, {}
+
+    return make
 
 
 FLAVOURS: dict[str, Flavour] = {
@@ -272,4 +277,4 @@ FLAVOURS: dict[str, Flavour] = {
     "scaled": scaled,
     "in_backward": in_backward,
 }
-"""By name; ``compiled`` is left out: it takes seconds to begin."""
+"""By name."""

@@ -6,14 +6,17 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import pytest
 import torch
 
+from everstep.checkpoint.copier import Copier, CopyJob
 from everstep.checkpoint.direct_io import ByteArray
 from everstep.checkpoint.kernels import crc32c
 from everstep.checkpoint.layout import Fragment
 from everstep.checkpoint.lineage import StepId
 from everstep.checkpoint.manifest import Part, decode_part
 from everstep.checkpoint.pack import BLOCK_BYTES, pack_starts
+from everstep.checkpoint.snapshots import engine
 from everstep.checkpoint.snapshots.arena import ArenaMemory
 from everstep.checkpoint.snapshots.slot_format import pack_of, part_of, read_seal
 from everstep.checkpoint.state_capture import Place, capture
@@ -108,3 +111,13 @@ def differences(wanted: Moment, found: Moment) -> list[str]:
         if wanted.tensors.get(fragment) != found.tensors.get(fragment)
     ]
     return sorted(names) + [k for k in wanted.context if wanted.context[k] != found.context.get(k)]
+
+
+def copy_at(monkeypatch: pytest.MonkeyPatch, bytes_per_s: float | None) -> None:
+    """From now on background threads copy at a rate."""
+
+    class Paced(Copier):
+        def start(self, *args: Any, **kwargs: Any) -> CopyJob:
+            return super().start(*args, **{**kwargs, "bytes_per_s": bytes_per_s})
+
+    monkeypatch.setattr(engine, "Copier", Paced)

@@ -164,9 +164,11 @@ def test_what_cannot_be_resumed_exactly_is_refused(
 
 def test_its_own_saving_is_switched_off_with_a_warning(tmp_path: Path) -> None:
     trainer = make_trainer(tmp_path, save_strategy="steps")
-    with everstep.Checkpointer(tmp_path) as checkpointer:
-        with pytest.warns(UserWarning, match='save_strategy=.* set it to "no"'):
-            attach(trainer, checkpointer)
+    with (
+        everstep.Checkpointer(tmp_path) as checkpointer,
+        pytest.warns(UserWarning, match='save_strategy=.* set it to "no"'),
+    ):
+        attach(trainer, checkpointer)
     assert trainer.args.save_strategy == "no"
 
 
