@@ -57,6 +57,14 @@ def test_slow_storage(tmp_path: Path) -> None:
         job.stop_keeper()
 
 
+def _failures(trainers: Trainers, rank: int = 0) -> list[str]:
+    """Warnings that a step could not be made durable.
+
+    Another one may tell of a step that was committed just before: older ones could not be deleted.
+    """
+    return [text for text in trainers.told("warning", rank) if "older checkpoints" not in text]
+
+
 def _outage(job: Survival, trainers: Trainers, away: Callable[[], None]) -> None:
     """Several flushes fail, training goes on, and each rank warns once.
 
@@ -65,19 +73,19 @@ def _outage(job: Survival, trainers: Trainers, away: Callable[[], None]) -> None
         trainers: its processes.
         away: has storage fail from now on; may be repeated.
     """
-    warned = len(trainers.told("warning"))
+    warned = len(_failures(trainers))
     failed = job.status()["flushes"]["failed"]
 
     def is_noticed() -> bool:
         away()
         enough = job.status()["flushes"]["failed"] >= failed + 6
-        return enough and all(len(trainers.told("warning", r)) > warned for r in range(2))
+        return enough and all(len(_failures(trainers, r)) > warned for r in range(2))
 
     trainers.wait_for(is_noticed)
     step = trainers.newest_sealed()
     trainers.wait_for(lambda: trainers.newest_sealed() > step + 5)
     for rank in range(2):
-        found = trainers.told("warning", rank)[warned:]
+        found = _failures(trainers, rank)[warned:]
         assert len(found) == 1, found
         assert "could not be made durable; training goes on" in found[0]
 
@@ -86,7 +94,7 @@ def _survive_outages(
     job: Survival, away: Callable[[], None], back: Callable[[], None], outages: int
 ) -> list[str]:
     """What rank 0 has warned of."""
-    run = job.run(10**6, durable_every=2, width=32, pause_s=0.01, timeout_s=LIMIT_S)
+    run = job.run(10**6, durable_every=2, width=32, pause_s=0.01, deadline_s=8.0)
     with job.attempt(2, run) as trainers:
         _durable_after(job, trainers, 0)
         for _ in range(outages):
@@ -94,7 +102,7 @@ def _survive_outages(
             back()
             job.assert_undamaged()
             _durable_after(job, trainers, trainers.newest_sealed())
-        warnings: list[str] = trainers.told("warning")
+        warnings = _failures(trainers)
         trainers.kill()
         (newest,) = job.whole_in_memory()[-1:]
     eventually(lambda: not job.status()["flushes"]["running"], LIMIT_S)

@@ -112,20 +112,26 @@ class Chain:
 def _die_at(chain: Chain, world_size: int, point: str, step: int, ranks: tuple[int, ...]) -> None:
     """Kill all trainers while some are at a point, and look which snapshot is the newest one."""
     before = chain.next_step - 1
+    step = 0 if point in LOAD_POINTS else step
     chain.begin(world_size, *(Stop(rank, point, step) for rank in ranks))
-    stopped = chain.trainers.wait_stopped()
+    stopped = chain.trainers.wait_stopped()[0]
+    lines = [
+        line for line in chain.trainers.lines(ranks[0]) if line.get("saved", stopped) < stopped
+    ]
+    captured = [line["saved"] for line in lines if line["skipped"] is None]
+    last = max(captured, default=before)
     newest_sealed = chain.trainers.newest_sealed
     if point in BEFORE_SEAL:  # the ranks that did not stop do not get any further
-        eventually(lambda: max(newest_sealed(), before) == stopped[0] - 1)
+        eventually(lambda: max(newest_sealed(), before) == last)
     elif point not in LOAD_POINTS and len(ranks) == world_size:
-        eventually(lambda: newest_sealed() == stopped[0])
+        eventually(lambda: newest_sealed() == stopped)
     chain.look()
     if point in BEFORE_SEAL:
-        assert chain.next_step == stopped[0]
+        assert chain.next_step == last + 1
     elif point in LOAD_POINTS:
         assert chain.next_step == before + 1
     elif len(ranks) == world_size:
-        assert chain.next_step == stopped[0] + 1
+        assert chain.next_step == stopped + 1
 
 
 def test_killed_at_points_of_a_step(job: Survival, digests: list[str]) -> None:

@@ -12,7 +12,7 @@ from everstep.checkpoint.open_place import open_place
 from everstep.checkpoint.verify import verify_packs
 from tests.support.keepers import eventually, processes_of
 
-pytestmark = [pytest.mark.chaos, pytest.mark.slow, pytest.mark.timeout(400)]
+pytestmark = [pytest.mark.chaos, pytest.mark.slow, pytest.mark.timeout(900)]
 ROOT = Path(__file__).parents[2]
 EXAMPLE = ROOT / "examples" / "fsdp2_loop.py"
 
@@ -32,7 +32,7 @@ def _run(folder: Path, *command: str) -> str:
         env=environment,
         capture_output=True,
         text=True,
-        timeout=180,
+        timeout=400,
         check=False,
     )
     assert done.returncode == 0, done.stdout + done.stderr

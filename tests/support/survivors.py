@@ -82,6 +82,8 @@ class Run:
     stops: tuple[Stop, ...] = ()
     rate_bytes_per_s: float | None = None
     """How fast the keeper writes."""
+    deadline_s: float = LIMIT_S
+    """How long flushes wait for each other, and for storage that is away."""
     durable: tuple[int, ...] = ()
     """Steps that are saved with ``durable=True``."""
     pause_s: float = 0.0
@@ -215,6 +217,7 @@ def _train_until(run: Run, rank: int, world_size: int, rendezvous: str, log: _Lo
     ) as checkpointer:
         engine = checkpointer._engine
         assert engine is not None
+        engine._order["deadline_s"] = run.deadline_s
         if run.rate_bytes_per_s is not None:
             engine._flush_rate = lambda _: run.rate_bytes_per_s  # type: ignore[method-assign]
         start = checkpointer.load(state, on_bytes=lambda n: reach("loading", 0))
