@@ -20,6 +20,10 @@ from everstep.checkpoint.keeper.wire import close_all
 from everstep.checkpoint.lineage import StepId
 from everstep.checkpoint.snapshots.memory import FlushOrder
 
+RESCUE_S = 30.0
+"""How long a flush that nobody has asked for waits for the ranks of other nodes: they may hold other
+steps, and then it comes to nothing."""
+
 Made = Callable[[SlotSet | Exception], None]
 
 
@@ -186,6 +190,7 @@ class House:
                 rank=rank,
                 world_size=seal.world_size,
                 rate_bytes_per_s=None,
+                deadline_s=RESCUE_S,
             )
             self._try_to_flush(slot, order)
 

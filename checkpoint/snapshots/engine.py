@@ -6,19 +6,14 @@ returns; before the next update the caller helps with what is left (DataStates-L
 of the next save: all ranks capture a step, or none does (``tickets.py``).
 """
 
-import contextlib
-import hashlib
-import os
 import threading
 import time
 import warnings
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import replace
 from typing import Any
 
-import torch
-
-from everstep.checkpoint.collective import Collective, agree, describe
+from everstep.checkpoint.collective import Collective, agree
 from everstep.checkpoint.commit import CheckpointDirectory
 from everstep.checkpoint.copier import Copier
 from everstep.checkpoint.direct_io import ByteArray
@@ -30,16 +25,13 @@ from everstep.checkpoint.errors import (
     SaveFailedError,
     StateError,
 )
-from everstep.checkpoint.layout import Fragment
 from everstep.checkpoint.lineage import StepId
-from everstep.checkpoint.optimizer_parts import digest_values
 from everstep.checkpoint.ownership import Ownership
-from everstep.checkpoint.save_plan import SavePlan
 from everstep.checkpoint.snapshots import slots as rule
 from everstep.checkpoint.snapshots.agreement import Agreement
 from everstep.checkpoint.snapshots.beside import Beside
 from everstep.checkpoint.snapshots.board import SlotBoard
-from everstep.checkpoint.snapshots.capture import Capture, CapturePlan
+from everstep.checkpoint.snapshots.capture import CapturePlan
 from everstep.checkpoint.snapshots.device_capture import capture_plan
 from everstep.checkpoint.snapshots.fences import Fences
 from everstep.checkpoint.snapshots.flushing import Flushing
@@ -50,7 +42,7 @@ from everstep.checkpoint.snapshots.handle import (
     refuse,
     skipped_handle,
 )
-from everstep.checkpoint.snapshots.live_state import LiveState, Look
+from everstep.checkpoint.snapshots.live_state import Look
 from everstep.checkpoint.snapshots.memory import FlushOrder, OutlivingMemory, SlotMemory
 from everstep.checkpoint.snapshots.pacing import (
     Pacing,
@@ -59,40 +51,19 @@ from everstep.checkpoint.snapshots.pacing import (
     after_step,
     flush_rate,
 )
+from everstep.checkpoint.snapshots.planning import Planned, Planning
 from everstep.checkpoint.snapshots.report import Interval, SnapshotReport
-from everstep.checkpoint.snapshots.slot_format import owner_digest
+from everstep.checkpoint.snapshots.sealing import Sealing, Snapshot
 from everstep.checkpoint.snapshots.slots import NOTHING
 from everstep.checkpoint.snapshots.tickets import Decision, Ticket, ticket_of
 from everstep.checkpoint.state_capture import Place
 from everstep.checkpoint.torch_state import State
 
-_WAIT_S = 0.5
 _POLL_S = 0.01
 _ABANDON_S = 5.0
 """How long a process that failed waits for the thread beside the training."""
 _UNPROVEN = 3
 """After so many captures that waited, a warning says why they do."""
-
-
-@dataclass(eq=False, kw_only=True)
-class _Current:
-    """The snapshot that is being captured, or was the last one."""
-
-    plan: CapturePlan
-    board: SlotBoard
-    index: int
-    step_id: StepId
-    capture: Capture
-    handle: SaveHandle
-    flush: bool
-    urgent: bool
-    """It is to be durable as soon as it can be."""
-    probes: list[tuple[torch.optim.Optimizer, int, Fragment, bytes | None]]
-    """For each optimizer, how often its hook had fired, and some values that it updates."""
-    begun_s: float = field(default_factory=time.perf_counter)
-    fenced: bool = False
-    over: threading.Event = field(default_factory=threading.Event)
-    """It is sealed, or came to nothing."""
 
 
 class SnapshotEngine:
@@ -129,12 +100,11 @@ class SnapshotEngine:
         pacing: PacingSettings | None = None,
     ) -> None:
         self._directory, self._collective, self._owner = directory, collective, owner
-        self._place, self._memory, self._interval = place, memory, interval
+        self._memory, self._interval = memory, interval
         # a keeper has another working directory
         where = str(directory.root.absolute()) if directory.has_lock else directory.describe()
-        self._order = {"directory": where, **order}
-        self._timeout_s, self._lazy_objects = timeout_s, lazy_objects
-        self._file = f"rank-{collective.rank:05d}-{os.urandom(4).hex()}.safetensors"
+        self._order_facts = {"directory": where, **order}
+        self._timeout_s = timeout_s
         self._pacing = Pacing(settings=pacing or PacingSettings(paced_copy=False))
         self._threads = threads
         self._copier = Copier(threads=threads, nice=_NICE)
@@ -148,22 +118,18 @@ class SnapshotEngine:
             timeout_s=timeout_s,
         )
         self.report = SnapshotReport()
-        watches_clock = collective.rank == 0
-        self._flushing = Flushing(interval.seconds if watches_clock else None, self.report)
-        self._save_plan = SavePlan(collective)
+        self._flushing = Flushing(collective.rank, interval.seconds, self.report)
+        self._planning = Planning(collective, place, interval=interval, lazy_objects=lazy_objects)
+        self._sealing = Sealing(memory, owner, self._flushing, self.report, self._order_of)
         self._plan: CapturePlan | None = None
         self._board = SlotBoard((), ())
         self._layout: int | None = None
         self._tells_optimizer = True
         self._restored: StepId | None = None
         self._lineage: Collection[StepId] = ()
-        self._current: _Current | None = None
+        self._current: Snapshot | None = None
         self._fence_lock = threading.Lock()
-        self._failed: set[int] = set()
-        self._all_sealed: StepId | None = None
         self._others_from: int | None = None
-        self._foreign_pins: set[int] = set()
-        self._defect: BaseException | None = None
         self._closed = False
 
     def began_from(
@@ -195,8 +161,8 @@ class SnapshotEngine:
     def save(self, step: int, state: State, durable: bool | None) -> SaveHandle:
         """See ``Checkpointer.save``."""
         begun_s = time.perf_counter()
-        if self._defect is not None:
-            raise self._defect
+        if self._sealing.defect is not None:
+            raise self._sealing.defect
         self._finish_copies()
         self._check_fenced()
         self._fences.watch(state.optimizers)
@@ -230,7 +196,7 @@ class SnapshotEngine:
         """
         if self._closed:
             return
-        self._closed = True
+        self._closed = self._sealing.closed = True
         self._fences.close()
         current = self._current
         if current is not None and not current.capture.done:
@@ -243,8 +209,8 @@ class SnapshotEngine:
         self._drop_plan()
         self._memory.close(finished=finished)
         if finished:
-            if self._defect is not None:
-                raise self._defect
+            if self._sealing.defect is not None:
+                raise self._sealing.defect
             self._flushing.check()
 
     # One decision of all ranks
@@ -254,7 +220,7 @@ class SnapshotEngine:
     ) -> tuple[Decision, Look | None]:
         deadline_s = time.monotonic() + self._timeout_s
         fresh = urgent
-        if look is None:
+        if look is None or self._sealing.outgrown:
             self._layout = None
         self._agreement.post()  # optimizers of other ranks may have stepped where none of this did
         while True:
@@ -269,7 +235,7 @@ class SnapshotEngine:
                 case "skip":
                     if decision.void is not None:
                         self._board.forget(decision.void)
-                        self._failed.discard(decision.void)
+                        self._sealing.failed.discard(decision.void)
                     self._learn_all_sealed(decision.all_sealed)
                     if urgent:
                         if decision.void is None:
@@ -277,8 +243,8 @@ class SnapshotEngine:
                         continue
                 case "capture":
                     self._learn_all_sealed(decision.all_sealed)
-                    if look is None:
-                        self._failed.add(step)  # the others capture it: all are to forget it
+                    if look is None:  # the others capture it: all are to forget it
+                        self._sealing.failed.add(step)
             return decision, look
 
     def _ticket(self, step: int) -> Ticket:
@@ -290,14 +256,14 @@ class SnapshotEngine:
                 step=step,
                 layout=self._layout,
             ),
-            failed=min(self._failed, default=None),
+            failed=min(self._sealing.failed, default=None),
             durable=self._flushing.durable_step,
             flush_idle=self._flushing.idle,
             due_by_time=self._flushing.due_by_time,
         )
 
     def _wait_for_slot(self, step: int, deadline_s: float) -> None:
-        while not self._board.may_capture() and not self._failed:
+        while not self._board.may_capture() and not self._sealing.failed:
             if time.monotonic() > deadline_s:
                 raise CheckpointError(
                     f"step {step} was to be made durable, and within {self._timeout_s:g} s no slot "
@@ -308,7 +274,7 @@ class SnapshotEngine:
 
     def _learn_all_sealed(self, step: int) -> None:
         if step != NOTHING:
-            self._all_sealed = self._board.sealed_as(step) or self._all_sealed
+            self._sealing.all_sealed = self._board.sealed_as(step) or self._sealing.all_sealed
         since = self._others_from
         if since is not None and step >= since and not self._flushing.running:
             self._others_from = None
@@ -331,45 +297,32 @@ class SnapshotEngine:
         """Agree with the other ranks on who writes what; reserve memory for it."""
         if self._current is not None:
             self._current.over.wait(self._timeout_s)
-        found: list[LiveState] = []
-
-        def find() -> list[str]:
-            live = LiveState(state, self._place, self._lazy_objects)
-            found.append(live)
-            context = live.first.context
-            return [self._save_plan.digest(live.fragments), digest_values(context.get("optimizer"))]
-
-        outcome = agree(self._collective, "captured", find)
-        if outcome.causes:
-            raise SaveFailedError(step, outcome.causes) from outcome.error
-        layouts, optimizers = zip(*outcome.results, strict=True)
-        self._save_plan.update(layouts)
-        rank = self._collective.rank
-        self._tells_optimizer = optimizers.index(optimizers[rank]) == rank
+        planned = self._planning.plan(step, state)
         self._owner.begin(step)
-        outcome = agree(self._collective, "reserved", lambda: self._reserve(found[0]))
+        outcome = agree(self._collective, "reserved", lambda: self._reserve(planned))
         if outcome.causes:
             raise SaveFailedError(step, outcome.causes) from outcome.error
-        self._others_from = step
-        agreed = repr((layouts, self._interval)).encode()
-        digest = hashlib.blake2b(agreed, digest_size=8).digest()
-        self._layout = (int.from_bytes(digest, "little") >> 1) or 1
-        return found[0].first
+        self._others_from, self._layout = step, planned.layout
+        self._tells_optimizer = planned.tells_optimizer
+        return planned.live.first
 
-    def _reserve(self, live: LiveState) -> None:
-        pack = self._save_plan.pack()
+    def _reserve(self, planned: Planned) -> None:
         plan = capture_plan(
-            live, pack, self._file, self._collective.world_size, threads=self._threads
+            planned.live,
+            planned.pack,
+            self._planning.file,
+            self._collective.world_size,
+            threads=self._threads,
         )
         self._drop_plan()
         count = rule.slots_needed(flush=self._interval.flushes, protect=False)
         memories = self._memory.reserve(plan.layout.slot_bytes, count)
         if not self._board.is_of(memories):  # else what it holds stays, and is still being flushed
             self._board = SlotBoard(memories, self._left_in(memories))
-        self._plan = plan
+        self._plan, self._sealing.outgrown = plan, False
         if isinstance(self._memory, OutlivingMemory):
-            self._memory.set_orphan_order(self._order_for(StepId(0, 0), None))
-        self.report.snapshot_bytes = pack.size_bytes
+            self._memory.set_orphan_order(self._order(StepId(0, 0), None))
+        self.report.snapshot_bytes = planned.pack.size_bytes
         self.report.reserved_bytes = sum(map(len, memories))
 
     def _drop_plan(self) -> None:
@@ -388,9 +341,9 @@ class SnapshotEngine:
         )
         slots = rule.adopt(slots, self._restored, self._lineage)
         if isinstance(self._memory, OutlivingMemory):
-            self._foreign_pins = set(self._memory.pinned())
+            self._sealing.foreign_pins = set(self._memory.pinned())
             slots = tuple(
-                replace(slot, pinned=index in self._foreign_pins)
+                replace(slot, pinned=index in self._sealing.foreign_pins)
                 for index, slot in enumerate(slots)
             )
         return slots
@@ -412,7 +365,7 @@ class SnapshotEngine:
         if not flush:
             refuse(handle.durable, _not_due(step))
         rate = self._pacing.copy_bytes_per_s
-        current = _Current(
+        current = Snapshot(
             plan=plan,
             board=board,
             index=index,
@@ -424,7 +377,7 @@ class SnapshotEngine:
             probes=[(o, self._fences.count(o), f, plan.sample(f)) for o, f in plan.probes],
         )
         self._current = current
-        self._beside.do(lambda: self._complete(current))
+        self._beside.do(lambda: self._sealing.complete(current))
         self.report.taken += 1
         return handle
 
@@ -478,7 +431,7 @@ class SnapshotEngine:
             return
         for optimizer, count, fragment, sample in current.probes:
             if self._fences.count(optimizer) == count and current.plan.sample(fragment) != sample:
-                self._failed.add(current.step_id.step)
+                self._sealing.failed.add(current.step_id.step)
                 raise StateError(
                     f"{fragment.spec.name!r} has changed since step {current.step_id.step} was "
                     f"saved, but {type(optimizer).__name__} has not called its step hooks, which "
@@ -486,59 +439,15 @@ class SnapshotEngine:
                     "is not a step of an optimizer of the State"
                 )
 
-    # Beside the training
+    # Storage
 
-    def _complete(self, current: _Current) -> None:
-        try:
-            self._seal(current)
-        except Exception as e:
-            self._failed.add(current.step_id.step)
-            self.report.failed += 1
-            current.board.give_up(current.index)
-            error = e if isinstance(e, CheckpointError) else CheckpointError(describe(e))
-            for future in (current.handle.captured, current.handle.durable):
-                refuse(future, error)
-            if not isinstance(e, EverstepError | OSError) and not self._closed:
-                self._defect = e  # a defect, which people are to hear of
-        finally:
-            current.over.set()
+    def _order_of(self, snapshot: Snapshot) -> FlushOrder:
+        rate = None if snapshot.urgent else self._flush_rate(snapshot.plan.pack.size_bytes)
+        return self._order(snapshot.step_id, rate)
 
-    def _seal(self, current: _Current) -> None:
-        step = current.step_id.step
-        while not current.capture.wait(_WAIT_S):
-            if self._closed and not current.capture.done:
-                raise CheckpointError(f"step {step} was not captured to its end: the run ended")
-        current.handle.captured.set_result(None)
-        if not current.board.holds(current.index, current.step_id):
-            raise CheckpointError(f"step {step} was not captured by all ranks")
-        owner = owner_digest(self._owner.owner)
-        current.plan.seal(current.capture, current.step_id, owner, self._owner.lineage())
-        current.board.seal(current.index, current.step_id, pinned=current.flush)
-        self.report.newest_sealed = step
-        self._memory.sealed(current.index, self._all_sealed)
-        if current.flush:
-            self._flush(current)
-        if isinstance(self._memory, OutlivingMemory):
-            with contextlib.suppress(
-                EverstepError
-            ):  # the snapshot counts without a keeper's answer
-                self._memory.tell(asdict(self.report))
-                self._look_at_pins(self._memory)
-
-    def _flush(self, current: _Current) -> None:
-        size_bytes = current.plan.pack.size_bytes
-        rate = None if current.urgent else self._flush_rate(size_bytes)
-        order = self._order_for(current.step_id, rate)
-        future = self._memory.flush(current.index, order)
-        future.add_done_callback(lambda _: current.board.unpin(current.index))
-        step_id, handle = current.step_id, current.handle
-        self._flushing.watch(
-            step_id.step, step_id.generation, future, handle, self._collective.rank
-        )
-
-    def _order_for(self, step_id: StepId, rate_bytes_per_s: float | None) -> FlushOrder:
+    def _order(self, step_id: StepId, rate_bytes_per_s: float | None) -> FlushOrder:
         return FlushOrder(
-            **self._order,
+            **self._order_facts,
             step_id=step_id,
             rank=self._collective.rank,
             world_size=self._collective.world_size,
@@ -553,14 +462,6 @@ class SnapshotEngine:
         if not known:
             return None
         return flush_rate(n_bytes, min(known), min(known), self._pacing.settings)
-
-    def _look_at_pins(self, memory: OutlivingMemory) -> None:
-        """What readers and flushes of the attempt before still used, they may have let go of."""
-        if self._foreign_pins:
-            left = self._foreign_pins & set(memory.pinned())
-            for index in self._foreign_pins - left:
-                self._board.unpin(index)
-            self._foreign_pins = left
 
 
 _NICE = 19

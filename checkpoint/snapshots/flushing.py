@@ -7,6 +7,7 @@ from collections.abc import Callable
 from concurrent.futures import Future
 
 from everstep.checkpoint.errors import SaveFailedError
+from everstep.checkpoint.lineage import StepId
 from everstep.checkpoint.snapshots.handle import SaveHandle, StepInfo
 from everstep.checkpoint.snapshots.memory import Flushed
 from everstep.checkpoint.snapshots.report import SnapshotReport
@@ -23,18 +24,21 @@ class Flushing:
     after pauses that grow to a minute.
 
     Args:
-        every_s: seconds between durable snapshots, for the rank that watches the clock; else None.
+        rank: of this process; rank 0 watches the clock.
+        every_s: seconds between durable snapshots; None: there is no such interval.
         report: takes what happens.
         clock: seconds.
     """
 
     def __init__(
         self,
+        rank: int,
         every_s: float | None,
         report: SnapshotReport,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self._every_s, self._report, self._clock = every_s, report, clock
+        self._rank, self._every_s = rank, every_s if rank == 0 else None
+        self._report, self._clock = report, clock
         self._lock = threading.Lock()
         self._under_way: set[Future[Flushed]] = set()
         self._since_s = clock()
@@ -65,9 +69,7 @@ class Flushing:
         """The run goes on from a step, which counts as durable for the interval."""
         self.durable_step = step
 
-    def watch(
-        self, step: int, generation: int, future: "Future[Flushed]", handle: SaveHandle, rank: int
-    ) -> None:
+    def watch(self, step_id: StepId, future: "Future[Flushed]", handle: SaveHandle) -> None:
         """Follow a flush that was ordered."""
         with self._lock:
             self._under_way.add(future)
@@ -75,9 +77,9 @@ class Flushing:
         def done(future: "Future[Flushed]") -> None:
             error = future.exception()
             if error is None:
-                self._succeeded(step, generation, future.result(), handle)
+                self._succeeded(step_id, future.result(), handle)
             else:
-                self._failed(step, error, handle, rank)
+                self._failed(step_id.step, error, handle)
             with self._lock:  # last: who sees it idle sees the rest, too
                 self._under_way.discard(future)
 
@@ -88,7 +90,8 @@ class Flushing:
         if self._failure is not None:
             raise self._failure
 
-    def _succeeded(self, step: int, generation: int, flushed: Flushed, handle: SaveHandle) -> None:
+    def _succeeded(self, step_id: StepId, flushed: Flushed, handle: SaveHandle) -> None:
+        step = step_id.step
         with self._lock:
             self.durable_step = max(self.durable_step, step)
             self._since_s = self._clock()
@@ -101,20 +104,20 @@ class Flushing:
         handle.durable.set_result(
             StepInfo(
                 step=step,
-                generation=generation,
+                generation=step_id.generation,
                 path=flushed.path,
                 size_bytes=flushed.size_bytes,
                 duration_s=flushed.duration_s,
             )
         )
 
-    def _failed(self, step: int, error: BaseException, handle: SaveHandle, rank: int) -> None:
+    def _failed(self, step: int, error: BaseException, handle: SaveHandle) -> None:
         with self._lock:
             first = self._failure is None
             self._failure = (
                 error
                 if isinstance(error, SaveFailedError)
-                else SaveFailedError(step, {rank: str(error)})
+                else SaveFailedError(step, {self._rank: str(error)})
             )
             self._rest_until_s = self._clock() + self._retry_s
             self._retry_s = min(2 * self._retry_s, _LONGEST_RETRY_S)

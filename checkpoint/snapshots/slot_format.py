@@ -16,6 +16,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from everstep.checkpoint.direct_io import ByteArray
+from everstep.checkpoint.errors import CheckpointError
 from everstep.checkpoint.kernels import crc32c
 from everstep.checkpoint.lineage import StepId
 
@@ -67,6 +68,10 @@ class Seal:
     part_crc32c: int
 
 
+class PartTooLargeError(CheckpointError):
+    """The plain state of objects has outgrown its slot."""
+
+
 def round_up(n_bytes: int) -> int:
     """The next multiple of ``PAGE_BYTES``."""
     return -(-n_bytes // PAGE_BYTES) * PAGE_BYTES
@@ -93,12 +98,13 @@ def write_seal(slot: ByteArray, part: bytes, seal: Seal) -> None:
     """Put the part into a slot whose pack is complete, and seal it.
 
     Raises:
-        ValueError: the part is larger than its room.
+        PartTooLargeError: the part is larger than its room.
     """
-    if seal.part_start + len(part) > seal.pack_start or seal.part_bytes != len(part):
-        raise ValueError(
-            f"a part of {len(part)} bytes does not fit between {seal.part_start} and "
-            f"{seal.pack_start}"
+    room_bytes = seal.pack_start - seal.part_start
+    if len(part) > room_bytes:
+        raise PartTooLargeError(
+            f"a part of {len(part)} bytes does not fit into {room_bytes} bytes: the state of some "
+            "object has grown; the next save makes room for it"
         )
     slot[seal.part_start : seal.part_start + len(part)] = np.frombuffer(part, np.uint8)
     record = encode_seal(seal)

@@ -113,3 +113,36 @@ def _read_model(root: Path, step: int, state: State) -> dict[str, bytes]:
             f"model.{name}": reader.read(f"model.{name}").tobytes()
             for name in state.model.state_dict()
         }
+
+
+class Diary:
+    """An object whose plain state grows."""
+
+    def __init__(self) -> None:
+        self.text = ""
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"text": self.text}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.text = state_dict["text"]
+
+
+def test_objects_may_outgrow_their_slots(tmp_path: Path) -> None:
+    diary = Diary()
+    state = tiny_state(diary=diary)
+    with Checkpointer(tmp_path, durable_every=100) as checkpointer:
+        checkpointer.load(state)
+        for step in range(1, 9):
+            train_step(state)
+            if step == 3:
+                diary.text = "x" * 300_000
+            checkpointer.save(step, state)
+        checkpointer.save(9, state, durable=True).durable.result(30)
+        report = checkpointer.report()
+    assert report.failed == 1
+    assert report.skipped <= 2
+    found = Diary()
+    with Checkpointer(tmp_path) as checkpointer:
+        assert checkpointer.load(fresh_state(diary=found)) == 10
+    assert found.text == diary.text

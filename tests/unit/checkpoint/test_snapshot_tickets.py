@@ -86,7 +86,8 @@ def test_ranks_that_are_elsewhere() -> None:
 
 
 @pytest.mark.parametrize(
-    ("durable_every", "flush"), [(None, False), (1, True), (3, True), (4, True), (5, False)]
+    ("durable_every", "flush"),
+    [(None, False), (1, True), (3, True), (4, True), (5, True), (9, False)],
 )
 def test_the_interval_in_steps(durable_every: int | None, flush: bool) -> None:
     assert _decide(GOOD, GOOD, durable_every=durable_every).flush is flush
