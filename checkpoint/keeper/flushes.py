@@ -99,10 +99,11 @@ class Flushes:
         if waiter is not None:
             run.waiters.append(waiter)
 
-    def cancel(self) -> None:
-        """Have everything end that is under way."""
+    def cancel(self, which: Callable[[FlushOrder], bool] = lambda _: True) -> None:
+        """Have everything end that is under way, or some of it."""
         for run in self._running.values():
-            run.cancelled.set()
+            if which(run.order):
+                run.cancelled.set()
 
     def status(self) -> dict[str, Any]:
         """For people and programs: what runs, how much was done, the last one."""

@@ -14,7 +14,7 @@ from everstep.checkpoint.errors import EverstepError, KeeperError
 from everstep.checkpoint.keeper import segments
 from everstep.checkpoint.keeper.deputy import Deputy, Hold
 from everstep.checkpoint.keeper.flushes import Flushes, FlushSlot, Waiter
-from everstep.checkpoint.keeper.orphans import worth_flushing
+from everstep.checkpoint.keeper.orphans import is_hopeless, worth_flushing
 from everstep.checkpoint.keeper.slots import SetShape, Slot, SlotSet, SlotTable
 from everstep.checkpoint.keeper.wire import close_all
 from everstep.checkpoint.lineage import StepId
@@ -175,6 +175,8 @@ class House:
         self._flush_ordered()
         held = [(slot, seal) for slot in self.table.slots() if (seal := slot.seal()) is not None]
         seals = dict(held)
+        here = {slot.shape.rank for slot in self.table.slots()}
+        self.flushes.cancel(lambda order: is_hopeless(order, here, seals.values()))
         chosen, why = worth_flushing(held, self.all_sealed)
         if held:
             self._log(why)

@@ -1,10 +1,11 @@
 """Which snapshots to make durable when nobody is left who could decide it (pure)."""
 
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from typing import TypeVar
 
 from everstep.checkpoint.lineage import StepId
+from everstep.checkpoint.snapshots.memory import FlushOrder
 from everstep.checkpoint.snapshots.slot_format import Seal
 
 Held = TypeVar("Held")
@@ -45,3 +46,23 @@ def worth_flushing(
         for what in ranks.values()
     ]
     return chosen, f"all ranks had sealed step {all_sealed.step}, or a later one"
+
+
+def is_hopeless(order: FlushOrder, here: Collection[int], seals: Iterable[Seal]) -> bool:
+    """Whether a flush waits for a rank that died before it had sealed the step.
+
+    Only known where all ranks of the job have their slots on this node; a step that is being
+    flushed stays sealed until it is committed, or has failed.
+
+    Args:
+        order: of the flush.
+        here: ranks that have slots on this node.
+        seals: of all slots of this node; no trainer is left that could seal another.
+    """
+    everyone = set(range(order.world_size))
+    sealed = {
+        seal.rank
+        for seal in seals
+        if (seal.step_id, seal.world_size) == (order.step_id, order.world_size)
+    }
+    return everyone <= set(here) and not everyone <= sealed

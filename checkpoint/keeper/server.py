@@ -226,7 +226,7 @@ class Keeper:
             self._drop(other)
         client.rank, client.world_size = rank, world_size
         if rank is not None:
-            self._orphaned = False
+            self._orphaned = self._rescuing = False  # what it leaves is to be rescued anew
             self._note_trainers()
         answer({"pid": os.getpid()})
 

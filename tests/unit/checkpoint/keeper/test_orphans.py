@@ -1,7 +1,8 @@
 """What is made durable when no trainer is left."""
 
-from everstep.checkpoint.keeper.orphans import worth_flushing
+from everstep.checkpoint.keeper.orphans import is_hopeless, worth_flushing
 from everstep.checkpoint.lineage import StepId
+from everstep.checkpoint.snapshots.memory import FlushOrder
 from everstep.checkpoint.snapshots.slot_format import Seal, owner_digest
 
 
@@ -42,3 +43,11 @@ def test_runs_and_sizes_are_not_mixed() -> None:
 
 def test_nothing() -> None:
     assert worth_flushing([], StepId(1, 4))[0] == []
+
+
+def test_a_flush_that_waits_for_a_rank_that_never_sealed() -> None:
+    order = FlushOrder(directory="d", step_id=StepId(1, 5), rank=0, world_size=2, keep=1)
+    both, one = [held(5, 0)[1], held(5, 1)[1]], [held(5, 0)[1], held(4, 1)[1]]
+    assert is_hopeless(order, {0, 1}, one)
+    assert not is_hopeless(order, {0, 1}, both)
+    assert not is_hopeless(order, {0}, one)  # the other node knows

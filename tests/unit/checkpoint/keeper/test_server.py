@@ -528,3 +528,19 @@ def test_status_in_a_process_with_many_files(keeper: KeeperThread, place: Keeper
         found = control.status(place.job, place=place.root)
     assert found is not None
     assert found["pid"] == os.getpid()
+
+
+def test_trainers_vanish_again_while_the_first_rescue_lasts(
+    keeper: KeeperThread, tmp_path: Path
+) -> None:
+    (tmp_path / "hold").touch()
+    tries = tmp_path / "tries"
+    tries.touch()
+    for step in (3, 4):
+        memory = keeper.connect()
+        seal(memory.reserve(SLOT_BYTES, 2)[step % 2], step)
+        memory.set_orphan_order(order(tmp_path, 0))
+        memory.close(finished=False)
+        eventually(lambda step=step: f"{step}-0" in tries.read_text())  # type: ignore[misc]
+    (tmp_path / "hold").unlink()
+    eventually(lambda: flushed(tmp_path) == ["3-0", "4-0"])
