@@ -217,7 +217,7 @@ def _train_until(run: Run, rank: int, world_size: int, rendezvous: str, log: _Lo
     ) as checkpointer:
         engine = checkpointer._engine
         assert engine is not None
-        engine._order["deadline_s"] = run.deadline_s
+        engine._order_facts["deadline_s"] = run.deadline_s
         if run.rate_bytes_per_s is not None:
             engine._flush_rate = lambda _: run.rate_bytes_per_s  # type: ignore[method-assign]
         start = checkpointer.load(state, on_bytes=lambda n: reach("loading", 0))
