@@ -22,12 +22,12 @@ from everstep.checkpoint.errors import EverstepError
 from everstep.cluster import exit_codes, host, slurm
 from everstep.cluster.causes import error_lost_peer, first_cause
 from everstep.cluster.closing import Outcome, closing_lines
-from everstep.cluster.controller import headline, say
 from everstep.cluster.errors import RankEnvironmentError
 from everstep.cluster.keepers import base_job, keeper_runs
 from everstep.cluster.lifecycle import Action, Event, Job, RankStarted, Tick, transition
 from everstep.cluster.local_driver import DEFAULT_TARGET, rank_log
 from everstep.cluster.log_text import framed_trace
+from everstep.cluster.run import headline, say
 from everstep.cluster.run_dir import prepare_run_dir
 from everstep.cluster.stop_signals import StopSignals, stop_asked
 from everstep.cluster.worker_shell import work

@@ -11,12 +11,12 @@ from rich.console import Console
 
 from everstep.checkpoint.errors import EverstepError
 from everstep.cluster import exit_codes
-from everstep.cluster.controller import run_controlled, say
 from everstep.cluster.driver import ClusterDriver, PlacingAbandoned, Waiting
 from everstep.cluster.keepers import keeper_options
 from everstep.cluster.ray_cluster import RayCluster, join
 from everstep.cluster.ray_driver import RAY_LOG_NAME, RayDriver
 from everstep.cluster.ray_nodes import NodePlan, OwnRay
+from everstep.cluster.run import run_controlled, say
 from everstep.cluster.run_dir import RunDir
 from everstep.cluster.stop_signals import StopSignals
 from everstep.trainer.config import LaunchConfig, RunConfig

@@ -160,7 +160,7 @@ def _train_local(run: _Run) -> int:
 
     world_size, _ = run.plan_ranks(count_gpus(run.environment), "this host")
 
-    from everstep.cluster.controller import run_local
+    from everstep.cluster.run import run_local
 
     return run_local(run.config, run.run_dir, run.resume, world_size, run.console, launch=run.again)
 

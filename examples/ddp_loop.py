@@ -6,7 +6,10 @@ A keeper holds the snapshots of all ranks of a node. torchrun starts killed work
 these continue from its memory; at most the last step is redone:
 
     everstep keeper start --job ddp
-    torchrun --nproc-per-node 2 --max-restarts 3 examples/ddp_loop.py --keeper-job ddp
+    TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 \\
+        torchrun --nproc-per-node 2 --max-restarts 3 examples/ddp_loop.py --keeper-job ddp
+
+(The variable gives every restart a rendezvous of its own: docs/loops.md.)
 """
 
 import argparse
@@ -18,8 +21,6 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 import everstep
-from everstep.checkpoint.keeper.client import KeeperMemory
-from everstep.checkpoint.torch_collective import ProcessGroupCollective
 
 WINDOW = 32
 
@@ -61,8 +62,8 @@ def main() -> None:
         options.directory,
         keep=3,
         durable_every=50,
-        collective=ProcessGroupCollective(),
-        memory=KeeperMemory(job, rank=rank, world_size=ranks) if job else None,
+        collective=everstep.ProcessGroupCollective(),
+        memory=everstep.KeeperMemory(job, rank=rank, world_size=ranks) if job else None,
     ) as checkpointer:
         start = checkpointer.load(state)
         if rank == 0:

@@ -5,7 +5,10 @@
 With a keeper on each node, workers that torchrun starts again continue from its memory:
 
     everstep keeper start --job fsdp
-    torchrun --nproc-per-node 2 --max-restarts 3 examples/fsdp2_loop.py --keeper-job fsdp
+    TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 \\
+        torchrun --nproc-per-node 2 --max-restarts 3 examples/fsdp2_loop.py --keeper-job fsdp
+
+(The variable gives every restart a rendezvous of its own: docs/loops.md.)
 
 Run it again with another --nproc-per-node: what was saved is laid out anew.
 """
@@ -19,8 +22,6 @@ from torch import nn
 from torch.distributed.fsdp import fully_shard
 
 import everstep
-from everstep.checkpoint.keeper.client import KeeperMemory
-from everstep.checkpoint.torch_collective import ProcessGroupCollective
 
 WINDOW = 32
 
@@ -66,8 +67,8 @@ def main() -> None:
         options.directory,
         keep=3,
         durable_every=50,
-        collective=ProcessGroupCollective(),
-        memory=KeeperMemory(job, rank=rank, world_size=ranks) if job else None,
+        collective=everstep.ProcessGroupCollective(),
+        memory=everstep.KeeperMemory(job, rank=rank, world_size=ranks) if job else None,
     ) as checkpointer:
         start = checkpointer.load(state)
         if rank == 0:

@@ -6,7 +6,10 @@ Stop it at any moment, run it again. With a keeper, snapshots outlive the proces
 (DDP, with ``--max-restarts``) also all processes of a node:
 
     everstep keeper start --job hf
-    torchrun --nproc-per-node 2 examples/hf_trainer.py --keeper-job hf
+    TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 \\
+        torchrun --nproc-per-node 2 --max-restarts 3 examples/hf_trainer.py --keeper-job hf
+
+(The variable gives every restart a rendezvous of its own: docs/loops.md.)
 """
 
 import argparse
@@ -17,8 +20,6 @@ import torch
 from transformers import GPT2Config, GPT2LMHeadModel, Trainer, TrainingArguments
 
 import everstep
-from everstep.checkpoint.keeper.client import KeeperMemory
-from everstep.checkpoint.torch_collective import ProcessGroupCollective
 from everstep.integrations.hf import attach
 
 WINDOW = 64
@@ -60,8 +61,8 @@ def main() -> None:
         with everstep.Checkpointer(
             options.directory,
             durable_every=20,
-            collective=ProcessGroupCollective() if ranks > 1 else None,
-            memory=KeeperMemory(job, rank=rank, world_size=ranks) if job else None,
+            collective=everstep.ProcessGroupCollective() if ranks > 1 else None,
+            memory=everstep.KeeperMemory(job, rank=rank, world_size=ranks) if job else None,
         ) as checkpointer:
             attach(trainer, checkpointer)
             trainer.train()  # continues after the newest step that there is

@@ -18,7 +18,6 @@ import torch
 from torch import nn
 
 import everstep
-from everstep.checkpoint.keeper.client import KeeperMemory
 
 WINDOW = 32
 
@@ -54,7 +53,7 @@ def main() -> None:
     state = everstep.State(model=model, optimizer=optimizer, scheduler=scheduler)
 
     job = options.keeper_job
-    memory = KeeperMemory(job, rank=0, world_size=1) if job else None
+    memory = everstep.KeeperMemory(job, rank=0, world_size=1) if job else None
     with everstep.Checkpointer(
         options.directory, keep=3, durable_every=50, memory=memory
     ) as checkpointer:

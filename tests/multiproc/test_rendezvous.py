@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from everstep.cluster.controller import run_local
+from everstep.cluster.run import run_local
 from everstep.trainer.config import RunConfig, TrainConfig
 from everstep.trainer.rank_spec import RankSpec, Reporter, StopRequested
 

@@ -121,8 +121,8 @@ class Launched:
 def _main() -> int:
     from rich.console import Console
 
-    from everstep.cluster.controller import run_local
     from everstep.cluster.external import run_external
+    from everstep.cluster.run import run_local
     from everstep.trainer.config import CheckpointConfig, LaunchConfig, RunConfig, TrainConfig
 
     worker, run_dir, ranks, grace_s, restarts, kind = sys.argv[1:]

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from everstep.cluster.controller import run_local
 from everstep.cluster.rendezvous import listen
+from everstep.cluster.run import run_local
 from everstep.cluster.run_dir import prepare_run_dir
 from everstep.trainer.config import (
     CheckpointConfig,
