@@ -21,8 +21,8 @@ from everstep.checkpoint.lineage import StepId
 from everstep.checkpoint.snapshots.memory import FlushOrder
 
 RESCUE_S = 30.0
-"""How long a flush that nobody has asked for waits for the ranks of other nodes: they may hold other
-steps, and then it comes to nothing."""
+"""How long a flush that nobody has asked for waits for the ranks of other nodes: they may hold
+other steps, and then it comes to nothing."""
 
 Made = Callable[[SlotSet | Exception], None]
 

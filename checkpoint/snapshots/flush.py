@@ -7,6 +7,8 @@ is replaced, what it left whole is taken as it is.
 """
 
 import contextlib
+import os
+import threading
 import time
 from collections.abc import Callable, Iterator
 from typing import NoReturn
@@ -45,6 +47,8 @@ from everstep.checkpoint.tally import Tally
 
 CHUNK_BYTES = 8 * 2**20
 """Written at a time, when nothing limits the rate."""
+NICE = 10
+"""Of threads that flush at a rate: they have time, and trainers have none to give."""
 CHUNKS_PER_S = 8
 """How evenly a limited rate is kept: chunks are no larger than what is due in 1/8 s."""
 NAP_S = 0.1
@@ -76,7 +80,8 @@ def flush_slot(
 
     Args:
         slot: sealed; nobody writes to it meanwhile. Local files are written straight from it.
-        order: what to write where.
+        order: what to write where; where it has a rate, the calling thread gives way to others
+            from now on.
         on_bytes: called with the bytes of the pack that are written so far.
         cancelled: asked between pieces, at most 0.1 s (or a write of 8 MiB) apart. While the pack
             is being written, a flush that is cancelled fails for all ranks.
@@ -91,6 +96,8 @@ def flush_slot(
         ValueError: the order's rate is not positive.
     """
     begun_s = time.monotonic()
+    if order.rate_bytes_per_s is not None:
+        _give_way()
     seal, part, pack_file = _snapshot(slot, order)
     store = open_store(
         order.directory,
@@ -107,6 +114,14 @@ def flush_slot(
         duration_s=time.monotonic() - begun_s,
         warning=warning,
     )
+
+
+def _give_way() -> None:
+    """Have this thread run after those that compute, where the system lets it."""
+    with contextlib.suppress(OSError, AttributeError):
+        thread = threading.get_native_id()
+        if os.getpriority(os.PRIO_PROCESS, thread) < NICE:
+            os.setpriority(os.PRIO_PROCESS, thread, NICE)
 
 
 def _snapshot(slot: ByteArray, order: FlushOrder) -> tuple[Seal, bytes, str]:
