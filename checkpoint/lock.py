@@ -49,8 +49,12 @@ class DirectoryLock:
         lock._sign()
         return lock
 
-    def _sign(self) -> None:
-        mine = {"pid": os.getpid(), "host": socket.gethostname(), "since_s": time.time()}
+    def share_with(self, keeper: str) -> None:
+        """Name a keeper that holds the lock, too, for who finds the directory locked."""
+        self._sign(keeper=keeper)
+
+    def _sign(self, **more: str) -> None:
+        mine = {"pid": os.getpid(), "host": socket.gethostname(), "since_s": time.time(), **more}
         os.ftruncate(self._fd, 0)
         os.pwrite(self._fd, json.dumps(mine).encode(), 0)
         _HELD.add(self)
@@ -90,6 +94,9 @@ def _describe(content: bytes) -> str:
     try:
         holder = json.loads(content)
         since = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(holder["since_s"]))
-        return f"process {holder['pid']} on {holder['host']}, since {since}"
+        who = f"process {holder['pid']} on {holder['host']}, since {since}"
+        if "keeper" in holder:
+            who += f", or its keeper in {holder['keeper']}, which `everstep keeper stop` ends"
+        return who
     except (ValueError, KeyError, TypeError):
         return "an unknown process"

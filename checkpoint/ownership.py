@@ -118,6 +118,7 @@ class Ownership:
         borrowed = keeper.borrowed_lock(str(root))
         lock = DirectoryLock(root) if borrowed is None else DirectoryLock.taken_over(root, borrowed)
         keeper.lend_lock(str(root), lock.fileno())
+        lock.share_with(keeper.name)
         return lock
 
     def _begin(self) -> tuple[int, str] | None:
