@@ -14,6 +14,8 @@ every round, the peers take turns. Each block makes its way anew, and its first 
   process``: into its own), with checksums and seals; ``durable``: and makes every fifth durable;
 - ``copy_floor``: every byte copied once per step, by the main thread, into memory that was touched
   before: nothing that captures the state in memory can do with less;
+- ``disk_floor``: the same, and every fifth step written past the page cache, paced, by a thread:
+  what ``durable`` cannot do without;
 - ``dcp_best``: ``torch.distributed.checkpoint.async_save`` with ``StagingOptions(False, False,
   True, False)`` in a thread, its staging awaited in an optimizer pre-step hook, plans cached;
   ``dcp_best_every_5``: at every fifth step; ``dcp_staging``: its copy alone, nothing written;

@@ -8,6 +8,7 @@ KEEPER, PROCESS = "keeper", "process"
 """Where everstep's slots may be: in a keeper's memory, or in that of the trainer itself."""
 
 NONE, COPY, MEMORY, DURABLE = "none", "copy_floor", "memory", "durable"
+DISK = "disk_floor"
 DCP_BEST, DCP_BEST_5, DCP_STAGING = "dcp_best", "dcp_best_every_5", "dcp_staging"
 DCP_DEFAULT, DCP_SYNC, TORCH, DLROVER = "dcp_default", "dcp_sync", "torch_save", "dlrover"
 
@@ -52,6 +53,7 @@ class Plan:
 PLANS = {
     NONE: Plan(label="no snapshots", measured=2),
     COPY: Plan(label="copy floor: one memcpy"),
+    DISK: Plan(label="memcpy + raw write every 5", period=5, measured=5),
     MEMORY: Plan(label="everstep, memory", warm_up=2),
     DURABLE: Plan(label="everstep, memory + durable every 5", period=5, warm_up=2, measured=5),
     DCP_BEST: Plan(label="DCP async, best mode"),
@@ -63,7 +65,7 @@ PLANS = {
     DLROVER: Plan(label="DLRover Flash Checkpoint, memory"),
 }
 """Every way, in the order in which results are shown."""
-CLOSELY = (COPY, MEMORY, DURABLE)
+CLOSELY = (COPY, MEMORY, DISK, DURABLE)
 """Ways that take a block in every round: their small differences are to be seen."""
 
 

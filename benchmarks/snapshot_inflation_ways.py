@@ -1,8 +1,12 @@
 """The ways of the snapshot benchmark that are a few lines, and the list of all."""
 
 import ctypes
+import mmap
 import os
+import threading
+import time
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from types import MappingProxyType
 
 import numpy as np
@@ -18,6 +22,7 @@ from snapshot_inflation_turns import (
     DCP_DEFAULT,
     DCP_STAGING,
     DCP_SYNC,
+    DISK,
     DLROVER,
     DURABLE,
     MEMORY,
@@ -25,6 +30,17 @@ from snapshot_inflation_turns import (
     TORCH,
 )
 from snapshot_inflation_way import Place, Way
+
+from everstep.checkpoint.direct_io import ALIGN_BYTES, ByteArray, StreamWriter
+
+_CHUNK_BYTES = 8 * 2**20
+
+
+def page_aligned(size_bytes: int) -> ByteArray:
+    """Touched memory that begins at a page."""
+    pages = np.frombuffer(mmap.mmap(-1, size_bytes, flags=mmap.MAP_PRIVATE), np.uint8)
+    pages.fill(1)
+    return pages
 
 
 class CopyFloor(Way):
@@ -48,6 +64,49 @@ class CopyFloor(Way):
             ctypes.memmove(target, source, size_bytes)
 
 
+class DiskFloor(CopyFloor):
+    """The limit with storage: the copy, and every fifth step written past the page cache by a
+    thread, over half of the time until the next."""
+
+    def before_training(self) -> None:
+        """Touch the memory, which begins at a page."""
+        super().before_training()
+        self._writing: threading.Thread | None = None
+        self._pages = page_aligned(self.training.state_bytes)
+        self._begun_s: list[float] = []
+
+    def after_step(self, step: int) -> None:
+        """Copy; at every fifth step, write."""
+        super().after_step(step)
+        self._begun_s.append(time.monotonic())
+        if step % 5 == 0:
+            self.drain()
+            recent_s = self._begun_s[-3:]
+            step_s = (recent_s[-1] - recent_s[0]) / max(1, len(recent_s) - 1)
+            path = self.place.disk / f"raw-{self.place.rank}-{step}"
+            self._writing = threading.Thread(target=self._write, args=(path, 2.5 * step_s))
+            self._writing.start()
+
+    def _write(self, path: Path, spread_s: float) -> None:
+        begun_s, size_bytes = time.monotonic(), len(self._pages)
+        with StreamWriter(path, staging_bytes=ALIGN_BYTES) as out:
+            for begin in range(0, size_bytes, _CHUNK_BYTES):
+                due_s = begun_s + spread_s * begin / size_bytes
+                time.sleep(max(0.0, due_s - time.monotonic()))
+                out.write_from(self._pages[begin : begin + _CHUNK_BYTES])
+            out.finish()
+        path.unlink()
+
+    def drain(self) -> None:
+        """Until it is written."""
+        if self._writing is not None:
+            self._writing.join()
+
+    def close(self) -> None:
+        """As ``drain``."""
+        self.drain()
+
+
 class TorchSave(Way):
     """``torch.save`` of this rank's tensors into memory (tmpfs), the newest replacing the last."""
 
@@ -62,6 +121,7 @@ WAYS: Mapping[str, Callable[[Training, Place], Way]] = MappingProxyType(
     {
         NONE: Way,
         COPY: CopyFloor,
+        DISK: DiskFloor,
         MEMORY: Snapshots,
         DURABLE: DurableSnapshots,
         DCP_BEST: DcpBest,
