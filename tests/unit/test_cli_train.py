@@ -66,7 +66,7 @@ class FakeLaunchers:
 def launchers(monkeypatch: pytest.MonkeyPatch) -> FakeLaunchers:
     fake = FakeLaunchers()
     functions = {
-        "controller": ["run_local"],
+        "run": ["run_local"],
         "external": ["run_external"],
         "ray_run": ["run_on_own_ray", "run_in_cluster"],
     }
