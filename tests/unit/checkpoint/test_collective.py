@@ -132,6 +132,10 @@ ALL_ERRORS: list[EverstepError] = [
     errors.SaveFailedError(3, {0: "full", 2: "full", 1: "broken"}),
     errors.LoadFailedError(3, {0: "odd"}, [1, 2]),
     errors.CollectiveError("text"),
+    errors.SlotMemoryError("text"),
+    errors.KeeperError("text"),
+    errors.SnapshotSkipped(3, "no slot is free"),
+    errors.NotRequested("text"),
 ]
 
 

@@ -44,7 +44,7 @@ def model() -> nn.Module:
 @pytest.fixture
 def step(tmp_path: Path, model: nn.Module) -> Path:
     with Checkpointer(tmp_path / "run" / "checkpoints") as checkpointer:
-        return Path(checkpointer.save(3, State(model=model)).path)
+        return Path(checkpointer.save(3, State(model=model)).durable.result().path)
 
 
 def test_one_file_for_safetensors_and_for_torch(

@@ -39,7 +39,7 @@ class Mixed(nn.Module):
 @pytest.fixture
 def step(tmp_path: Path) -> Path:
     with Checkpointer(tmp_path / "c") as checkpointer:
-        return Path(checkpointer.save(5, State(model=Mixed())).path)
+        return Path(checkpointer.save(5, State(model=Mixed())).durable.result().path)
 
 
 def test_zarr_and_tensorstore_read_it(step: Path, tmp_path: Path) -> None:
