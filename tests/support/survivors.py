@@ -295,7 +295,7 @@ def _install(log: _Log, wanted: list[tuple[str, int]]) -> Callable[[str, int], N
     around(engine.SnapshotEngine, "save", of_save, "saving")
     around(engine.SnapshotEngine, "_begin", lambda _, step, *__: int(step), "agreed")
     around(board, "unseal", lambda *_: now["saved"], after="unsealed")
-    around(capture.CapturePlan, "begin", lambda *_: now["saved"], after="copying")
+    around(capture.HostPlan, "begin", lambda *_: now["saved"], after="copying")
     around(capture.CapturePlan, "seal", lambda _, __, step_id, *___: int(step_id.step), "copied")
     around(KeeperMemory, "sealed", lambda *_: now["sealed"], "sealed", "told")
     around(KeeperMemory, "flush", lambda *_: now["sealed"], "ordering", "ordered")
