@@ -386,8 +386,13 @@ class SnapshotEngine:
         self._finish_copies()
         self._agreement.post()
 
-    def _finish_copies(self) -> None:
-        """Return when nothing of the last snapshot is left to be copied, on any thread."""
+    def _finish_copies(self, *, at_fence: bool = True) -> None:
+        """Return when nothing of the last snapshot is left to be copied, on any thread.
+
+        Args:
+            at_fence: a step's worth of time has passed since the copies began: it tells how long
+                steps take.
+        """
         with self._fence_lock:  # hooks of optimizers inside of backward run on other threads
             current = self._current
             if current is None:
@@ -400,6 +405,8 @@ class SnapshotEngine:
             if not current.capture.done:
                 self.report.stall_s += current.capture.help()
             current.fenced = True
+        if not at_fence:
+            return
         self.report.copied_bytes += copied_bytes
         facts = StepFacts(
             window_s=window_s,
@@ -413,7 +420,7 @@ class SnapshotEngine:
 
     def _wait_unproven(self) -> None:
         """No optimizer has shown yet that it would wait: copy now."""
-        self._finish_copies()
+        self._finish_copies(at_fence=False)
         self.report.waiting += 1
         if self.report.waiting == _UNPROVEN:
             warnings.warn(
