@@ -23,6 +23,12 @@ class MemoryRoom:
     limit_bytes: int | None
     """What the control groups leave; None: they set no limit."""
 
+    @property
+    def least_bytes(self) -> int:
+        """What neither the host nor a control group refuses."""
+        bounds = [self.available_bytes] + ([] if self.limit_bytes is None else [self.limit_bytes])
+        return max(0, min(bounds))
+
 
 def memory_room(
     meminfo: Path = Path("/proc/meminfo"), folders: Iterable[Path] | None = None
@@ -37,6 +43,11 @@ def memory_room(
     left = [room for room in map(_left, groups) if room is not None]
     available = parse_meminfo(text_of(meminfo)).get("MemAvailable", 0)
     return MemoryRoom(available, min(left, default=None))
+
+
+def least_room_bytes() -> int:
+    """Bytes that this process may still take now."""
+    return memory_room().least_bytes
 
 
 def memory_check(needed: int, available: int, limit: int | None, budget: int | None) -> str | None:

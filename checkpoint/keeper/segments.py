@@ -3,14 +3,13 @@
 import fcntl
 import mmap
 import os
-import re
 from collections.abc import Callable
-from pathlib import Path
 
 import numpy as np
 
 from everstep.checkpoint.direct_io import ByteArray
 from everstep.checkpoint.errors import SlotMemoryError
+from everstep.checkpoint.host_memory import least_room_bytes
 from everstep.checkpoint.snapshots.slot_format import PAGE_BYTES
 
 NAME = "everstep-slot"
@@ -81,47 +80,4 @@ def read_only(fd: int) -> int:
 
 def default_budget_bytes() -> int:
     """80 % of the memory that is to be had now."""
-    return int(_SHARE_OF_MEMORY * available_bytes())
-
-
-def available_bytes(root: Path = Path("/")) -> int:
-    """Memory that is to be had: of the host, and of the control groups of this process.
-
-    Args:
-        root: below which proc/ and sys/ are looked for.
-    """
-    meminfo = (root / "proc/meminfo").read_text()
-    match = re.search(r"^MemAvailable:\s+(\d+) kB$", meminfo, re.MULTILINE)
-    left = [int(match[1]) * 1024] if match else [2**62]
-    try:
-        groups = (root / "proc/self/cgroup").read_text()
-    except OSError:
-        groups = ""
-    for line in groups.splitlines():
-        number, _, rest = line.partition(":")
-        controllers, _, path = rest.partition(":")
-        if number == "0":
-            top, names = root / "sys/fs/cgroup", ("memory.max", "memory.current")
-        elif "memory" in controllers.split(","):
-            top = root / "sys/fs/cgroup/memory"
-            names = ("memory.limit_in_bytes", "memory.usage_in_bytes")
-        else:
-            continue
-        group = Path(path.lstrip("/"))
-        left += (_left_in(top / folder, *names) for folder in (group, *group.parents))
-    return max(0, min(left))
-
-
-def _left_in(folder: Path, limit_name: str, usage_name: str) -> int:
-    """Bytes that a control group has left; the cache of files counts as left."""
-    try:
-        limit = int((folder / limit_name).read_text())  # "max" is none
-        usage = int((folder / usage_name).read_text())
-        stat = (folder / "memory.stat").read_text()
-    except (OSError, ValueError):
-        return 2**62
-    found = re.findall(r"^(\w*inactive_file) (\d+)$", stat, re.MULTILINE)
-    caches = {name: int(n_bytes) for name, n_bytes in found}
-    with_groups_below = caches.get("total_inactive_file")  # the first version tells both
-    own = caches.get("inactive_file", 0)
-    return limit - usage + (own if with_groups_below is None else with_groups_below)
+    return int(_SHARE_OF_MEMORY * least_room_bytes())

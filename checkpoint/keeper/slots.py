@@ -11,6 +11,7 @@ from typing import Any
 
 from everstep.checkpoint.direct_io import ByteArray
 from everstep.checkpoint.errors import SlotMemoryError
+from everstep.checkpoint.host_memory import least_room_bytes
 from everstep.checkpoint.json_checks import natural, text
 from everstep.checkpoint.keeper import segments
 from everstep.checkpoint.keeper.wire import close_all
@@ -109,7 +110,7 @@ class SlotTable:
         budget_bytes: int,
         freed: Callable[[SetShape], None],
         *,
-        available_bytes: Callable[[], int] = segments.available_bytes,
+        available_bytes: Callable[[], int] = least_room_bytes,
     ) -> None:
         self.budget_bytes = budget_bytes
         self._freed = freed

@@ -107,6 +107,7 @@ class Candidates:
         self._directory, self._collective, self._memory = directory, collective, memory
         self._holdings: Sequence[Holding] = ()
         self._nodes: list[_Node] = []
+        self._remote: dict[str, RemoteSlots] = {}
         if memory is not None:
             self._gather(memory)
         held = [Held(seal, node.name) for node in self._nodes for seal in node.seals]
@@ -167,6 +168,9 @@ class Candidates:
         for holding in self._holdings:
             holding.release()
         self._holdings = ()
+        for remote in self._remote.values():
+            remote.close()
+        self._remote = {}
 
     @contextlib.contextmanager
     def _stored(self, choice: Choice) -> Iterator[Source]:
@@ -223,8 +227,9 @@ class Candidates:
                 "keeper has no data plane: start keepers with --interface NAME, so that other "
                 "nodes can read from them"
             )
-        remote = RemoteSlots(node.address, bytes.fromhex(node.token))
-        return HeldSlot(seal=seal, part=parts[rank], memory=remote)
+        if place not in self._remote:
+            self._remote[place] = RemoteSlots(node.address, bytes.fromhex(node.token))
+        return HeldSlot(seal=seal, part=parts[rank], memory=self._remote[place])
 
     def __enter__(self) -> "Candidates":
         return self

@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from everstep.checkpoint.host_memory import memory_room
 from everstep.checkpoint.keeper import segments
 
 
@@ -49,11 +50,10 @@ def test_what_is_no_slot(tmp_path: Path) -> None:
         segments.check(file.fileno())
 
 
-def _host(root: Path, cgroup: str, files: dict[str, str]) -> Path:
+def _host(root: Path, files: dict[str, str]) -> Path:
     """A host with 1000 KiB available."""
     files = {
         "proc/meminfo": "MemTotal: 9000 kB\nMemAvailable:    1000 kB\n",
-        "proc/self/cgroup": cgroup,
         **files,
     }
     for name, text in files.items():
@@ -62,8 +62,13 @@ def _host(root: Path, cgroup: str, files: dict[str, str]) -> Path:
     return root
 
 
+def _room(root: Path, cgroup: list[str], files: dict[str, str]) -> int:
+    meminfo = _host(root, files) / "proc/meminfo"
+    return memory_room(meminfo, [root / folder for folder in cgroup]).least_bytes
+
+
 def test_memory_of_a_host_without_limits(tmp_path: Path) -> None:
-    assert segments.available_bytes(_host(tmp_path, "0::/\n", {})) == 1000 * 1024
+    assert _room(tmp_path, [], {}) == 1000 * 1024
 
 
 def test_memory_of_the_second_version_of_control_groups(tmp_path: Path) -> None:
@@ -76,7 +81,7 @@ def test_memory_of_the_second_version_of_control_groups(tmp_path: Path) -> None:
         f"{top}/rank/memory.current": "300000\n",
         f"{top}/rank/memory.stat": "inactive_file 0\n",
     }
-    assert segments.available_bytes(_host(tmp_path, "0::/job/rank\n", files)) == 250000
+    assert _room(tmp_path, [f"{top}/rank", top], files) == 250000
 
 
 def test_memory_of_the_first_version_of_control_groups(tmp_path: Path) -> None:
@@ -86,9 +91,8 @@ def test_memory_of_the_first_version_of_control_groups(tmp_path: Path) -> None:
         f"{top}/memory.usage_in_bytes": "450000\n",
         f"{top}/memory.stat": "inactive_file 1\ntotal_inactive_file 60000\n",
     }
-    host = _host(tmp_path, "5:cpu:/job\n4:memory:/job\n0::/\n", files)
-    assert segments.available_bytes(host) == 10000
+    assert _room(tmp_path, [top], files) == 10000
 
 
 def test_this_host_has_memory() -> None:
-    assert 0 < segments.default_budget_bytes() < segments.available_bytes() * 2
+    assert 0 < segments.default_budget_bytes() < memory_room().least_bytes * 2
