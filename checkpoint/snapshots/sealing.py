@@ -86,15 +86,15 @@ class Sealing:
         try:
             self._seal(snapshot, step)
         except Exception as e:
+            if isinstance(e, PartTooLargeError):
+                self.outgrown = True  # before the failure is told, or the next step fails, too
             self.failed.add(step)
             self._report.failed += 1
             snapshot.board.give_up(snapshot.index)
             error = e if isinstance(e, CheckpointError) else CheckpointError(describe(e))
             for future in (snapshot.handle.captured, snapshot.handle.durable):
                 refuse(future, error)
-            if isinstance(e, PartTooLargeError):
-                self.outgrown = True
-            elif not isinstance(e, EverstepError | OSError) and not self.closed:
+            if not isinstance(e, EverstepError | OSError) and not self.closed:
                 self.defect = e
         finally:
             snapshot.over.set()

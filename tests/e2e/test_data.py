@@ -46,6 +46,7 @@ def mixed_run(tmp_path: Path) -> Path:
     return tmp_path
 
 
+@pytest.mark.slow
 def test_a_mixture_goes_on_exactly_with_another_number_of_ranks(mixed_run: Path) -> None:
     code, output = cli.run("train", "run.yaml", "--run-dir", "straight", cwd=mixed_run)
     assert code == 0, output

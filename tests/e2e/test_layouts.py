@@ -89,18 +89,15 @@ def test_losses_of_one_rank_in_other_pipelines(
     assert_losses_of_one_rank(train(folder, "debug_pp2", *overrides), one_rank)
 
 
+@pytest.mark.slow
 @pytest.mark.ray
 @pytest.mark.multiproc
 @pytest.mark.timeout(420)
 @pytest.mark.parametrize(
     "arguments",
     [
-        ("debug_pp2",),
-        *(
-            pytest.param(arguments, marks=pytest.mark.slow)
-            for arguments in [(name,) for name in DEBUG] + [("debug_pp2", *p) for p in PIPELINES]
-            if arguments not in [("debug_single",), ("debug_pp2",)]
-        ),
+        *((name,) for name in DEBUG if name != "debug_single"),
+        *(("debug_pp2", *overrides) for overrides in PIPELINES),
     ],
     ids=" ".join,
 )

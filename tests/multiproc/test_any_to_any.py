@@ -32,9 +32,9 @@ LAYOUTS = {
 }
 CHAIN = [
     "dp4", "dp2xtp2", "pp2", "hsdp2x2", "pp2xdp2xtp2", "1", "pp2xtp2", "dp2",
-    "tp2", "pp2xdp2", "dp4", "pp2", "dp2xtp2",
+    "tp2", "pp2xdp2", "dp4",
 ]  # fmt: skip
-"""Every layout is loaded from another one and by another one; 12 pairs."""
+"""Every layout is loaded from another one and by another one; 10 pairs."""
 
 
 @dataclass(frozen=True)

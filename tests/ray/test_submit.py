@@ -77,10 +77,8 @@ def submit(run_dir: Path, *words: str) -> tuple[str, ...]:
     return ("submit", "run.yaml", "--run-dir", str(run_dir), "--python", sys.executable, *words)
 
 
-def test_submit_follow_stop_and_submit_again_is_one_uninterrupted_run(
-    project: Path, tmp_path: Path, variables: Mapping[str, str]
-) -> None:
-    run_dir = tmp_path / "submitted"
+def submit_and_stop(project: Path, run_dir: Path, variables: Mapping[str, str]) -> int:
+    """A run that is followed, seen to run, and stopped; the step after which it stopped."""
     slow = submit(run_dir, "--env", "SLOW_S=3", "--id", "first")
     with cli.command(*slow, cwd=project, variables=variables) as followed:
         assert cli.wait_until(
@@ -99,7 +97,21 @@ def test_submit_follow_stop_and_submit_again_is_one_uninterrupted_run(
     assert cli.committed_steps(run_dir) == [done]
     assert f"stopped, step {done} is saved" in followed.output
     assert f"to go on from step {done}: everstep submit run.yaml" in followed.output
+    return int(done)
 
+
+def test_submit_follow_and_stop(
+    project: Path, tmp_path: Path, variables: Mapping[str, str]
+) -> None:
+    assert submit_and_stop(project, tmp_path / "submitted", variables) >= 2
+
+
+@pytest.mark.slow
+def test_stopped_and_submitted_again_is_one_uninterrupted_run(
+    project: Path, tmp_path: Path, variables: Mapping[str, str]
+) -> None:
+    run_dir = tmp_path / "submitted"
+    done = submit_and_stop(project, run_dir, variables)
     code, output = everstep(*submit(run_dir, "--id", "second"), cwd=project, variables=variables)
     assert code == 0, output
     assert f"resumed from step {done}" in output

@@ -7,8 +7,8 @@ import subprocess
 import sys
 import time
 import uuid
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -77,13 +77,22 @@ class Command:
         ]
 
     def kill_all(self) -> None:
-        """SIGKILL to the command and all that it started."""
-        for pid in self.alive():
-            try:
-                os.kill(pid, signal.SIGKILL)
-            except ProcessLookupError:
-                continue
+        """SIGKILL to the command and all that it started, at one moment, as a node dies.
+
+        All are stopped first: else a keeper would still make durable what the killed trainers left.
+        """
+        stopped: set[int] = set()
+        while left := {*self.alive()} - stopped:
+            self._signal(left, signal.SIGSTOP)
+            stopped |= left
+        self._signal(stopped, signal.SIGKILL)
         self.process.wait()
+
+    @staticmethod
+    def _signal(pids: Iterable[int], number: signal.Signals) -> None:
+        for pid in pids:
+            with suppress(ProcessLookupError):
+                os.kill(pid, number)
 
     def assert_nothing_left(self, within_s: float = 40.0) -> None:
         """No process of it may be left, at the latest after a moment."""
