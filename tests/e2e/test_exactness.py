@@ -18,15 +18,15 @@ def train(folder: Path, name: str, *more: str) -> Path:
 
 
 def kill_after_step(folder: Path, name: str, step: int, *more: str) -> None:
-    """Train, and SIGKILL every process once ``step`` is done."""
+    """Train, and SIGKILL every process once ``step`` is done, and some step is durable."""
     run_dir = folder / name
+
+    def is_there() -> bool:
+        done = any(line["step"] >= step for line in cli.metrics(run_dir))
+        return done and bool(cli.committed_steps(run_dir))
+
     with cli.command("train", "run.yaml", "--run-dir", name, *more, cwd=folder) as started:
-        assert cli.wait_until(
-            lambda: (
-                started.process.poll() is not None
-                or any(line["step"] >= step for line in cli.metrics(run_dir))
-            )
-        )
+        assert cli.wait_until(lambda: started.process.poll() is not None or is_there())
         assert started.process.poll() is None, started.output
         started.kill_all()
         started.assert_nothing_left()
@@ -35,8 +35,8 @@ def kill_after_step(folder: Path, name: str, step: int, *more: str) -> None:
 def test_killed_and_resumed_equals_uninterrupted(small_run: Path) -> None:
     straight = train(small_run, "straight")
     kill_after_step(small_run, "killed", 23)
-    # that of step 20 may have been on its way to storage; its keeper was killed, too
-    assert cli.committed_steps(small_run / "killed")[-1] in (10, 20)
+    # what was on its way to storage is lost: its keeper was killed, too
+    assert {*cli.committed_steps(small_run / "killed")} <= {10, 20, 30}
     resumed = train(small_run, "killed", "--resume", "auto")
 
     assert cli.metrics(straight)[0]["loss"] > cli.metrics(straight)[-1]["loss"]
