@@ -58,6 +58,7 @@ bench: $(STAMP) ## run the benchmarks and rewrite benchmarks/results/
 	$(BIN)/python benchmarks/snapshot_inflation.py \
 	  --json benchmarks/results/snapshot_inflation.json \
 	  --plot benchmarks/results/snapshot_inflation.png
+	$(BIN)/python benchmarks/snapshot_restore.py --json benchmarks/results/snapshot_restore.json
 
 dist: $(STAMP) ## build sdist and wheel, and try both in empty environments
 	tests/support/try_dist.sh $(BIN)/python

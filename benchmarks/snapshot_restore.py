@@ -11,7 +11,8 @@ same load of the machine:
 - ``page_cache``: ``Checkpointer.load`` of the same step from files that were read just before.
 
 Figures are medians of wall time and of CPU time of this process; the keeper does nothing meanwhile.
-``fraction_of_memcpy`` is the median, over turns, of memcpy's wall time by that of its neighbours.
+``fraction_of_memcpy`` is memcpy's wall time by that of its neighbours, over turns: the median, and
+the quartiles.
 """
 
 import argparse
@@ -23,6 +24,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -93,7 +95,7 @@ def run(folder: Path, size_mib: int, turns: int, threads: int) -> TIMES:
     return found
 
 
-def summary(times: TIMES, n_bytes: int) -> dict[str, dict[str, float]]:
+def summary(times: TIMES, n_bytes: int) -> dict[str, dict[str, Any]]:
     """Medians by way."""
     memcpy_s = [wall for wall, _ in times["memcpy"]]
     result = {}
@@ -106,6 +108,7 @@ def summary(times: TIMES, n_bytes: int) -> dict[str, dict[str, float]]:
             "cpu_s": statistics.median(cpus),
             "bytes_per_s": n_bytes / wall_s,
             "fraction_of_memcpy": statistics.median(fractions),
+            "fraction_quartiles": statistics.quantiles(fractions, method="inclusive")[::2],
         }
     return result
 
@@ -129,7 +132,8 @@ def main() -> None:
         print(
             f"{name:10} {figures['wall_s']:.3f} s ({figures['cpu_s']:.3f} s of CPU), "
             f"{figures['bytes_per_s'] / 1e9:.2f} GB/s, "
-            f"{figures['fraction_of_memcpy']:.0%} of memcpy"
+            f"{figures['fraction_of_memcpy']:.0%} of memcpy "
+            f"[{figures['fraction_quartiles'][0]:.0%}, {figures['fraction_quartiles'][1]:.0%}]"
         )
     if arguments.json:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
