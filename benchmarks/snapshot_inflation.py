@@ -7,11 +7,15 @@ thread each, meant for two cores, with AdamW (``foreach``, set by hand: torch's 
 one tensor at a time; ``--adamw`` chooses). The ranks live as long as the benchmark, and the
 training goes on from block to block of a few steps: one without snapshots, one with, one without,
 and so on. The inflation of a block is its mean step time over that of its two neighbours without,
-minus one; of a way, the median over its blocks. Everstep's ways and the copy floor have a block in
-every round, the peers take turns. Each block makes its way anew, and its first steps do not count.
+minus one. ``memory`` and ``copy_floor`` are done with a snapshot when the step after it ends: they
+are compared step by step inside of their blocks, in periods of one step with a snapshot, two
+without, one with. The inflation of a way is the median of its blocks or periods. Everstep's ways
+and the floors have a block in every round, the peers take turns. Each block makes its way anew, and
+its first steps do not count.
 
-- ``memory``: ``everstep.Checkpointer`` captures every step, into a keeper's memory (``--slots
-  process``: into its own), with checksums and seals; ``durable``: and makes every fifth durable;
+- ``memory``: ``everstep.Checkpointer`` captures the state into a keeper's memory (``--slots
+  process``: into its own), with checksums and seals; ``durable``: at every step, and makes every
+  fifth durable;
 - ``copy_floor``: every byte copied once per step, by the main thread, into memory that was touched
   before: nothing that captures the state in memory can do with less;
 - ``disk_floor``: the same, and every fifth step written past the page cache, paced, by a thread:
@@ -161,7 +165,9 @@ def main() -> int:
         "step_s_quartiles": quartiles([block.step_s for block in without]),
         "step_s_interval_95": interval([block.step_s for block in without]),
         "cpu_s_per_step": {
-            f"rank {i}": statistics.median(block.ranks[i]["cpu_s"] for block in without)
+            f"rank {i}": statistics.median(
+                statistics.mean(block.ranks[i]["cpu_s"]) for block in without
+            )
             for i in range(RANKS)
         },
         "peak_bytes": [

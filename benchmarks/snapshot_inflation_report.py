@@ -2,8 +2,10 @@
 
 import random
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import compress, cycle
+from operator import not_
 from pathlib import Path
 from typing import Any
 
@@ -24,14 +26,35 @@ class Block:
     """What ``Worker.block`` found on each."""
 
     @property
-    def step_s(self) -> float:
-        """The mean of its steps: what repeats every few steps counts by its share."""
-        return statistics.mean(statistics.mean(rank["step_s"]) for rank in self.ranks)
+    def steps_s(self) -> list[float]:
+        """Of each step, the mean of the ranks."""
+        return [statistics.mean(ranks) for ranks in self._by_step("step_s")]
 
     @property
-    def cpu_s(self) -> float:
-        """Per step, of all processes."""
-        return sum(rank["cpu_s"] + rank["helpers_cpu_s"] for rank in self.ranks)
+    def steps_cpu_s(self) -> list[float]:
+        """Of each step, all processes."""
+        both = zip(self._by_step("cpu_s"), self._by_step("helpers_cpu_s"), strict=True)
+        return [sum(own) + sum(helpers) for own, helpers in both]
+
+    @property
+    def counted(self) -> list[bool]:
+        """Which of its steps make up its figures: where some have no snapshot to compare the
+        others with, the others; else all, as what repeats every few steps counts by its share."""
+        plan, steps = PLANS[self.way], len(self.ranks[0]["step_s"])
+        return [not plan.paired or plan.takes(number) for number in range(steps)]
+
+    @property
+    def snapshots(self) -> int:
+        """How many it asked for."""
+        return sum(map(PLANS[self.way].takes, range(len(self.ranks[0]["step_s"]))))
+
+    @property
+    def step_s(self) -> float:
+        """The mean of the steps that count."""
+        return statistics.mean(compress(self.steps_s, self.counted))
+
+    def _by_step(self, name: str) -> Iterator[tuple[float, ...]]:
+        return zip(*(rank[name] for rank in self.ranks), strict=True)
 
     @property
     def peak_bytes(self) -> int:
@@ -59,14 +82,30 @@ class Trial:
     after: Block
 
     @property
-    def inflation(self) -> float:
-        """Step time over that of its neighbours, minus one."""
-        return self.block.step_s / ((self.before.step_s + self.after.step_s) / 2) - 1
+    def inflations(self) -> list[float]:
+        """Step time with snapshots over that without, minus one: of each period where a way is
+        compared with steps inside of its block, else of the block over its neighbours."""
+        return self._inflations([block.steps_s for block in (self.before, self.block, self.after)])
 
     @property
-    def cpu_inflation(self) -> float:
+    def cpu_inflations(self) -> list[float]:
         """The same of CPU time."""
-        return self.block.cpu_s / ((self.before.cpu_s + self.after.cpu_s) / 2) - 1
+        blocks = (self.before, self.block, self.after)
+        return self._inflations([block.steps_cpu_s for block in blocks])
+
+    def _inflations(self, steps_s: Sequence[Sequence[float]]) -> list[float]:
+        before_s, block_s, after_s = steps_s
+        plan = PLANS[self.block.way]
+        if not plan.paired:
+            around_s = (statistics.mean(before_s) + statistics.mean(after_s)) / 2
+            return [statistics.mean(block_s) / around_s - 1]
+        found = []
+        for begin in range(0, len(block_s), plan.period):
+            period_s = block_s[begin : begin + plan.period]
+            taken = statistics.mean(compress(period_s, plan.pattern))
+            others = statistics.mean(compress(period_s, map(not_, plan.pattern)))
+            found.append(taken / others - 1)
+        return found
 
     @property
     def extra_bytes(self) -> int:
@@ -104,35 +143,43 @@ def interval(values: Sequence[float]) -> list[float]:
 def summary(way: str, trials: Sequence[Trial], state_bytes: int) -> dict[str, Any]:
     """The figures of one way; ``state_bytes`` is the state of all ranks."""
     plan = PLANS[way]
-    inflations = [trial.inflation for trial in trials]
+    inflations = [inflation for trial in trials for inflation in trial.inflations]
     blocks = [trial.block for trial in trials]
     ranks = [rank for block in blocks for rank in block.ranks]
     extra_bytes = statistics.median(trial.extra_bytes for trial in trials)
     return {
         "label": plan.label,
-        "every_steps": plan.every,
+        "pattern": list(map(int, plan.pattern)),
         "inflation": statistics.median(inflations),
         "inflation_quartiles": quartiles(inflations),
         "inflation_interval_95": interval(inflations),
-        "inflation_of_blocks": inflations,
+        "inflation_samples": inflations,
         "step_s_quartiles": quartiles([block.step_s for block in blocks]),
-        "cpu_inflation_quartiles": quartiles([trial.cpu_inflation for trial in trials]),
+        "cpu_inflation_quartiles": quartiles(
+            [inflation for trial in trials for inflation in trial.cpu_inflations]
+        ),
         "cpu_s_per_step": {
             **{
-                f"rank {i}": statistics.median(block.ranks[i]["cpu_s"] for block in blocks)
+                f"rank {i}": statistics.median(
+                    statistics.mean(compress(block.ranks[i]["cpu_s"], block.counted))
+                    for block in blocks
+                )
                 for i in range(len(blocks[0].ranks))
             },
             "others": statistics.median(
-                sum(rank["helpers_cpu_s"] for rank in block.ranks) for block in blocks
+                sum(statistics.mean(rank["helpers_cpu_s"]) for rank in block.ranks)
+                for block in blocks
             ),
         },
         "main_thread_per_snapshot": {
-            name: quartiles([s for rank in ranks for s in rank[name][:: plan.every]])
+            name: quartiles(
+                [s for rank in ranks for s in compress(rank[name], cycle(plan.pattern))]
+            )
             for name in MAIN_THREAD
         },
         "extra_memory_bytes": extra_bytes,
         "extra_memory_of_state": extra_bytes / state_bytes,
-        "snapshots": sum(len(block.ranks[0]["step_s"]) // plan.every for block in blocks),
+        "snapshots": sum(block.snapshots for block in blocks),
         "skipped": sum(block.ranks[0]["skipped"] for block in blocks),
     }
 
@@ -219,7 +266,7 @@ def _range(bounds: Sequence[float]) -> str:
 
 
 def plot(ways: Mapping[str, Mapping[str, Any]], title: str, path: Path) -> None:
-    """Bars of the medians: step time with a dot per block, CPU time, memory."""
+    """Bars of the medians: step time with a dot per sample, CPU time, memory."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -242,7 +289,7 @@ def plot(ways: Mapping[str, Mapping[str, Any]], title: str, path: Path) -> None:
         place.grid(axis="x", alpha=0.3)
         place.set_title(label, fontsize=10)
     for y, found in enumerate(ways.values()):
-        dots = [100 * inflation for inflation in found["inflation_of_blocks"]]
+        dots = [100 * inflation for inflation in found["inflation_samples"]]
         places[0].plot(dots, [y] * len(dots), "k.", markersize=3)
     places[0].set_yticks(range(len(ways)), [found["label"] for found in ways.values()])
     places[0].invert_yaxis()

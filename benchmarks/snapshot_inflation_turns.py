@@ -37,27 +37,51 @@ class Plan:
 
     label: str
     """For people."""
-    every: int = 1
-    """Steps from one snapshot to the next."""
-    period: int = 1
-    """Steps after which its work repeats; it is at rest before a block's first measured step."""
+    pattern: tuple[bool, ...] = (True,)
+    """At which steps of a period it takes a snapshot."""
+    paired: bool = False
+    """Its work ends with the step that follows: steps of its block without a snapshot are what
+    those with one are compared with, rather than the blocks around it."""
+    rests: bool = False
+    """Its work is spread over a period: it is at rest before a block's first measured step."""
     warm_up: int = 1
     """Steps at the head of a block that do not count: memory is touched, plans are made."""
     measured: int = 3
 
     def __post_init__(self) -> None:
-        if self.measured % self.period or self.period % self.every:
+        if self.measured % self.period:
             raise ValueError(f"{self.label}: a block does not hold whole periods")
 
+    @property
+    def period(self) -> int:
+        """Steps after which its work repeats."""
+        return len(self.pattern)
 
+    def takes(self, number: int) -> bool:
+        """Whether it takes a snapshot before step ``number`` of the measured ones, from 0."""
+        return self.pattern[number % self.period]
+
+
+IN_PAIRS = (True, False, False, True)
+"""Of a period, neither half is the later one: a machine that slows down slows both alike."""
+EVERY = (True,) * 5
+ONE_OF_5 = (True, *(False,) * 4)
 PLANS = {
     NONE: Plan(label="no snapshots", measured=2),
-    COPY: Plan(label="copy floor: one memcpy"),
-    DISK: Plan(label="memcpy + raw write every 5", period=5, measured=5),
-    MEMORY: Plan(label="everstep, memory", warm_up=2),
-    DURABLE: Plan(label="everstep, memory + durable every 5", period=5, warm_up=2, measured=5),
+    COPY: Plan(label="copy floor: one memcpy", pattern=IN_PAIRS, paired=True, measured=12),
+    DISK: Plan(label="memcpy + raw write every 5", pattern=EVERY, rests=True, measured=5),
+    MEMORY: Plan(label="everstep, memory", pattern=IN_PAIRS, paired=True, warm_up=2, measured=12),
+    DURABLE: Plan(
+        label="everstep, memory + durable every 5",
+        pattern=EVERY,
+        rests=True,
+        warm_up=2,
+        measured=5,
+    ),
     DCP_BEST: Plan(label="DCP async, best mode"),
-    DCP_BEST_5: Plan(label="DCP async, best mode, every 5", every=5, period=5, measured=5),
+    DCP_BEST_5: Plan(
+        label="DCP async, best mode, every 5", pattern=ONE_OF_5, rests=True, measured=5
+    ),
     DCP_STAGING: Plan(label="DCP staging only"),
     DCP_DEFAULT: Plan(label="DCP async, defaults"),
     DCP_SYNC: Plan(label="DCP save"),

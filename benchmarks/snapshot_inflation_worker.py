@@ -66,15 +66,17 @@ class Worker:
             training.optimizer.register_step_pre_hook(lambda *_: way.fence()),
         ]
         step_s: list[float] = []
-        cpu_s = helpers_cpu_s = skipped = 0.0
+        cpu_s: list[float] = []
+        helpers_cpu_s: list[float] = []
+        skipped = 0
         for number in range(plan.warm_up + plan.measured):
             if number == plan.warm_up:
                 dist.barrier()
-                cpu_s, helpers_cpu_s = own_cpu_s(), cpu_s_of(way.helpers())
                 skipped = way.skipped()
+            before_helpers_s, before_s = cpu_s_of(way.helpers()), own_cpu_s()
             began_s = time.monotonic()
             with main_thread.saving():
-                if number == 0 or (number - plan.warm_up) % plan.every == 0:
+                if number < plan.warm_up or plan.takes(number - plan.warm_up):
                     way.after_step(FIRST_MEASURED + number - plan.warm_up)
             if number == 0:  # a way may bring a hook of its own with its first snapshot
                 hooks.append(
@@ -82,12 +84,14 @@ class Worker:
                 )
             training.step()
             step_s.append(time.monotonic() - began_s)
-            if number < plan.warm_up and plan.period > 1:
+            cpu_s.append(own_cpu_s() - before_s)
+            helpers_cpu_s.append(cpu_s_of(way.helpers()) - before_helpers_s)
+            if number < plan.warm_up and plan.rests:
                 way.drain()
         found = {
             "step_s": step_s[plan.warm_up :],
-            "cpu_s": (own_cpu_s() - cpu_s) / plan.measured,
-            "helpers_cpu_s": (cpu_s_of(way.helpers()) - helpers_cpu_s) / plan.measured,
+            "cpu_s": cpu_s[plan.warm_up :],
+            "helpers_cpu_s": helpers_cpu_s[plan.warm_up :],
             "skipped": way.skipped() - skipped,
             **main_thread.last(plan.measured),
         }

@@ -194,7 +194,8 @@ def test_the_snapshot_benchmark_measures_every_way_beside_training_without(tmp_p
     assert ("dlrover" in report["inflation"]) != ("dlrover" in report["missing"])
     blocks = {block["way"]: block["ranks"] for block in report["blocks"]}
     assert all(len(ranks) == 2 for ranks in blocks.values())
-    assert all(rank["details"]["newest_sealed"] == 102 for rank in blocks["memory"])
+    assert all(rank["details"]["newest_sealed"] == 111 for rank in blocks["memory"])
+    assert all(rank["details"]["taken"] == 8 for rank in blocks["memory"])
     assert all(rank["details"]["newest_durable"] == 100 for rank in blocks["durable"])
     assert report["ways"]["memory"]["skipped"] == 0
     for found in report["ways"].values():
@@ -227,22 +228,27 @@ def test_inflation_is_that_of_a_block_over_its_neighbours_without(
 
     def block(way: str, *step_s: float) -> Any:
         seconds = {name: [0.0] * len(step_s) for name in report.MAIN_THREAD}
-        rank = {"step_s": [*step_s], "cpu_s": sum(step_s), "helpers_cpu_s": 1.0, **seconds}
+        ones = [1.0] * len(step_s)
+        rank = {"step_s": [*step_s], "cpu_s": [*step_s], "helpers_cpu_s": ones, **seconds}
         memory = {"peak_bytes": 100 if way == "none" else 150, "mapped_shared_bytes": 40}
         rank |= memory | {"shared_bytes": 100, "helpers_bytes": 5, "skipped": 0, "details": {}}
         return report.Block(way=way, round=0, ranks=[rank, rank])
 
     blocks = [block("none", 1.0), block("dcp_best_every_5", 3.0, 1.0, 1.0, 1.0, 1.0)]
-    blocks += [block("none", 1.8), block("copy_floor", 1.8), block("none", 1.8)]
+    paired = (3.0, 1.0, 3.0, 1.0, 1.0, 1.0, 1.0, 2.0)
+    blocks += [block("none", 1.8), block("copy_floor", *paired), block("none", 1.8)]
     trials = report.trials_of(blocks)
     assert list(trials) == ["copy_floor", "dcp_best_every_5"]
     found = report.summary("dcp_best_every_5", trials["dcp_best_every_5"], 20)
     assert found["inflation"] == pytest.approx(0.0)  # 1.4 s between 1.0 s and 1.8 s
+    assert found["cpu_inflation_quartiles"][1] == pytest.approx(0.0)
     assert found["snapshots"] == 1
     assert found["extra_memory_bytes"] == 2 * 50 + (100 - 80) + 2 * 5
-    assert (
-        report.goals({"copy_floor": report.summary("copy_floor", trials["copy_floor"], 20)}) == []
-    )
+    floor = report.summary("copy_floor", trials["copy_floor"], 20)
+    assert floor["inflation_samples"] == pytest.approx([0.0, 0.5])  # 2 s by 2 s, 1.5 s by 1 s
+    assert floor["cpu_s_per_step"]["rank 0"] == pytest.approx(7 / 4)
+    assert floor["snapshots"] == 4
+    assert report.goals({"copy_floor": floor}) == []
 
 
 def test_the_interval_of_a_median_holds_it(monkeypatch: pytest.MonkeyPatch) -> None:
