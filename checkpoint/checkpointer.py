@@ -241,7 +241,7 @@ class Checkpointer:
         self._owner.continue_from(step_id)
         if self._engine is not None:
             in_memory = choice.tier == "memory"
-            self._engine.began_from(step_id, memory=in_memory, lineage=found.lineage)
+            self._engine.began_from(step_id, memory=in_memory)
         self._newest_step = step_id.step
         self.loaded = StepInfo(
             step=step_id.step,

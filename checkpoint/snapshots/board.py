@@ -1,7 +1,7 @@
 """The slots of one rank and what they hold, as the threads of the engine change it."""
 
 import threading
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 
 from everstep.checkpoint.direct_io import ByteArray
@@ -38,10 +38,10 @@ class SlotBoard:
         places = [[m.ctypes.data for m in slots] for slots in (memories, self._memories)]
         return places[0] == places[1]
 
-    def adopt(self, restored: StepId | None, lineage: Collection[StepId]) -> None:
+    def adopt(self, restored: StepId | None) -> None:
         """The run goes on from an earlier step (``slots.adopt``)."""
         with self._lock:
-            self._slots = rule.adopt(self._slots, restored, lineage)
+            self._slots = rule.adopt(self._slots, restored)
 
     def begin(self, step_id: StepId, all_sealed: int) -> int:
         """Take a slot for a capture; all ranks have sealed ``all_sealed``."""

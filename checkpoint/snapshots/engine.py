@@ -126,28 +126,23 @@ class SnapshotEngine:
         self._layout: int | None = None
         self._tells_optimizer = True
         self._restored: StepId | None = None
-        self._lineage: Collection[StepId] = ()
         self._current: Snapshot | None = None
         self._fence_lock = threading.Lock()
         self._others_from: int | None = None
         self._closed = False
 
-    def began_from(
-        self, step_id: StepId | None, *, memory: bool, lineage: Collection[StepId]
-    ) -> None:
+    def began_from(self, step_id: StepId | None, *, memory: bool) -> None:
         """What the run goes on from, before the first save.
 
         Args:
             step_id: the step that was loaded; None: nothing was.
             memory: whether it was loaded from memory.
-            lineage: the snapshots that the next generation inherits.
         """
         self._restored = step_id if memory else None
-        self._lineage = frozenset(lineage)
         self._flushing.began_from(NOTHING if step_id is None else step_id.step)
         self._drop_plan()
         self._layout, self._current = None, None
-        self._board.adopt(self._restored, self._lineage)  # flushes of it go on
+        self._board.adopt(self._restored)  # flushes of it go on
 
     def prepare_load(self, state: State) -> None:
         """Before other calls use the collective; optimizers are hooked the earlier the better."""
@@ -339,7 +334,7 @@ class SnapshotEngine:
             self._collective.world_size,
             self._directory.generations(),
         )
-        slots = rule.adopt(slots, self._restored, self._lineage)
+        slots = rule.adopt(slots, self._restored)
         if isinstance(self._memory, OutlivingMemory):
             self._sealing.foreign_pins = set(self._memory.pinned())
             slots = tuple(

@@ -12,7 +12,7 @@ from everstep.checkpoint.collective import Collective, agree, on_rank0
 from everstep.checkpoint.commit import CheckpointDirectory
 from everstep.checkpoint.errors import CheckpointError, LoadFailedError
 from everstep.checkpoint.keeper.remote_slots import RemoteSlots
-from everstep.checkpoint.lineage import StepId, in_lineage
+from everstep.checkpoint.lineage import StepId
 from everstep.checkpoint.manifest import Manifest
 from everstep.checkpoint.snapshots.memory import Holding, OutlivingMemory
 from everstep.checkpoint.snapshots.memory_step import HeldSlot, MemoryStep
@@ -112,20 +112,17 @@ class Candidates:
             self._gather(memory)
         held = [Held(seal, node.name) for node in self._nodes for seal in node.seals]
 
-        def find() -> tuple[list[Any], list[int], list[StepId]]:
+        def find() -> tuple[list[Any], list[int]]:
             committed = directory.committed()
             stored = directory.lineage(committed)
             generations = directory.generations()
             choices = choose_restore(held, committed, generations, step=step)
             if not choices and step is not None:
                 directory.find(step, stored)
-            snapshots = in_lineage(generations, {h.seal.step_id for h in held})
             coded = [[c.step_id, c.tier, c.why, c.places] for c in choices]
-            return coded, [s.step for s in stored], snapshots
+            return coded, [s.step for s in stored]
 
-        coded, self.durable_steps, snapshots = on_rank0(collective, "find", find)
-        self.lineage = [StepId(*s) for s in snapshots]
-        """Snapshots in memory that belong to this run, whole or not."""
+        coded, self.durable_steps = on_rank0(collective, "find", find)
         self.choices = [
             Choice(step_id=StepId(*step_id), tier=tier, why=why, places=tuple(places))
             for step_id, tier, why, places in coded

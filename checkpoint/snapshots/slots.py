@@ -9,7 +9,6 @@ for all ranks at once (``tickets.py``).
 A rank seals its snapshots in the order of their steps, and the steps of its slots differ.
 """
 
-from collections.abc import Collection
 from dataclasses import dataclass, replace
 from typing import Final
 
@@ -109,26 +108,22 @@ def forget(slots: Slots, step: int) -> Slots:
     )
 
 
-def adopt(slots: Slots, restored: StepId | None, lineage: Collection[StepId]) -> Slots:
+def adopt(slots: Slots, restored: StepId | None) -> Slots:
     """The slots of a rank that goes on after a restart.
 
     Args:
-        slots: as the attempt before left them; the snapshots of other runs already taken for
-            nothing.
+        slots: as the attempt before left them.
         restored: the snapshot in memory that all ranks go on from; None if they go on from durable
             storage, or from nothing.
-        lineage: what the new generation may resume from (``in_lineage`` over all snapshots).
 
-    What is newer than the restored step, of another lineage or not sealed counts as nothing. So
-    does everything after a restore from storage: ranks may then hold different steps, and one that
-    keeps a step that another one cannot seal any more would wait for it for ever.
+    The restored snapshot stays until a later one is sealed by all ranks, everything else counts as
+    nothing. Older ones must not stay: other ranks may not hold them any more, as they were freed by
+    an attempt with another number of ranks, or are on a node that the rank has left; and a rank
+    whose slots are full would then wait for ever for others to seal a step that is past.
     """
     return tuple(
         slot
-        if restored is not None
-        and slot.sealed
-        and slot.step_id in lineage
-        and _step(slot) <= restored.step
+        if slot.sealed and slot.step_id is not None and slot.step_id == restored
         else replace(slot, step_id=None, sealed=False)
         for slot in slots
     )

@@ -237,6 +237,12 @@ class Protocol(RuleBasedStateMachine):
         self.job.die("lost", step=max(self.job.floor - back, 0))
         self.calm = 0
 
+    @precondition(lambda self: self.calm > CALM)
+    @rule(steps=st.integers(1, 4), freed=st.sets(st.integers(0, 3)))
+    def detour(self, steps: int, freed: set[int]) -> None:
+        self.job.detour(steps, freed)
+        self.calm = 0
+
     @precondition(lambda self: self.calm > 2 * CALM)
     @rule(number=st.integers(0, 3))
     def lose_node(self, number: int) -> None:

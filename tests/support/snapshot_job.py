@@ -5,7 +5,7 @@ whatever order a test likes, and checks the promise. Memory is apart from what r
 and outlives them.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -119,6 +119,8 @@ class Job:
         self.layout = 1
         self.captured: dict[StepId, int] = {}
         """The layout of each snapshot."""
+        self.foreign: StepId | None = None
+        """What another number of ranks has left in memory of its own."""
         self.floor = NOTHING
         """What a restart must reach: the newest step that all ranks have sealed."""
         self.ranks = [Rank(n, self._new_cells(), self.layout, [], (), 0, 0) for n in range(ranks)]
@@ -226,6 +228,26 @@ class Job:
                 choices = asked
         self._start(choices[0] if choices else None)
 
+    def detour(self, steps: int, freed: Collection[int]) -> None:
+        """All die; one rank alone goes on from there, and dies, too; all start again from what it
+        has left in memory of its own.
+
+        Args:
+            steps: that it makes.
+            freed: numbers of ranks whose memory it has freed.
+        """
+        self.die("lost")
+        begin = self.restored.step if self.restored else 0
+        step_id = StepId(self._begin_generation(), begin + steps)
+        self.foreign = step_id
+        for rank in self.ranks:
+            if rank.number in freed:
+                rank.cells, rank.old_cells = self._new_cells(), []
+        choices = choose_restore(self._held(), self.durable, self.generations)
+        if choices[0].step_id != step_id:
+            raise PromiseBroken(f"{choices[0]} is newer than what was sealed last, {step_id}")
+        self._start(choices[0])
+
     def lose_node(self, rank: Rank) -> None:
         """A rank dies with its memory: the others' is worth nothing without it."""
         rank.cells, rank.old_cells = self._new_cells(), []
@@ -238,9 +260,11 @@ class Job:
     def check(self) -> None:
         """There is always a snapshot that all ranks have sealed, and never an older one.
 
-        Before the first one after a restart from storage, that which was read there stands for it.
+        Before the first one after a restart from storage, or from the memory of other ranks, that
+        which was read there stands for it.
         """
-        stored = self.restored.step if self.restored and not self.in_memory else NOTHING
+        elsewhere = not self.in_memory or self.restored == self.foreign
+        stored = self.restored.step if self.restored and elsewhere else NOTHING
         common = max(stored, *(s.step for s in self._lineage(self._common())), NOTHING)
         if common < self.floor:
             raise PromiseBroken(f"all had sealed step {self.floor}, now it is {common}")
@@ -295,11 +319,7 @@ class Job:
                 rank.cells,
                 rank.cells_layout,
                 rank.old_cells,
-                adopt(
-                    slots,
-                    self.restored if self.in_memory else None,
-                    self._lineage(rank.holds()),
-                ),
+                adopt(slots, self.restored if self.in_memory else None),
                 done=step,
                 durable=step,
             )
@@ -309,15 +329,7 @@ class Job:
         if rank.waits and in_the_way and not rank.failed:
             return False
         if self.generation is None:
-            self.generation = max(self.generations, default=0) + 1
-            self.generations[self.generation] = Generation(
-                number=self.generation,
-                parent=self.restored.generation if self.restored else None,
-                fork_step=self.restored.step if self.restored else None,
-                created_s=0.0,
-                mesh={},
-                owner=f"attempt {self.generation}",
-            )
+            self.generation = self._begin_generation()
         ticket = self.rules.ticket_of(
             rank.slots, generation=self.generation, step=rank.done + 1, layout=rank.layout
         )
@@ -330,6 +342,18 @@ class Job:
         rank.posts += 1
         self.posts.setdefault(rank.posts, []).append(rank.posted)
         return True
+
+    def _begin_generation(self) -> int:
+        number = max(self.generations, default=0) + 1
+        self.generations[number] = Generation(
+            number=number,
+            parent=self.restored.generation if self.restored else None,
+            fork_step=self.restored.step if self.restored else None,
+            created_s=0.0,
+            mesh={},
+            owner=f"attempt {number}",
+        )
+        return number
 
     def _carry_out(self, rank: Rank, mine: Ticket, decision: Decision) -> bool:
         if decision.action == "out_of_step":
@@ -392,21 +416,23 @@ class Job:
         return in_lineage(self.generations, steps, tip)
 
     def _held(self) -> list[Held]:
-        return [
-            Held(
-                Seal(
-                    step_id=step_id,
-                    rank=rank.number,
-                    world_size=len(self.ranks),
-                    owner=owner_digest(self.generations[step_id.generation].owner),
-                    part_start=0,
-                    part_bytes=0,
-                    pack_start=0,
-                    pack_bytes=0,
-                    part_crc32c=0,
-                ),
-                f"keeper {rank.number}",
-            )
+        found = [
+            self._held_by(rank.number, len(self.ranks), step_id)
             for rank in self.ranks
             for step_id in sorted(rank.holds())
         ]
+        return found if self.foreign is None else [*found, self._held_by(0, 1, self.foreign)]
+
+    def _held_by(self, rank: int, world_size: int, step_id: StepId) -> Held:
+        seal = Seal(
+            step_id=step_id,
+            rank=rank,
+            world_size=world_size,
+            owner=owner_digest(self.generations[step_id.generation].owner),
+            part_start=0,
+            part_bytes=0,
+            pack_start=0,
+            pack_bytes=0,
+            part_crc32c=0,
+        )
+        return Held(seal, f"keeper {rank}")

@@ -111,22 +111,24 @@ def test_a_void_step_counts_no_more() -> None:
 
 
 class TestAdopt:
-    def test_the_restored_and_older_ones_stay(self) -> None:
-        lineage = [StepId(1, step) for step in (4, 5, 6)]
-        assert adopt(_slots("4 6 5"), StepId(1, 5), lineage) == _slots("4 - 5")
+    def test_the_restored_one_stays(self) -> None:
+        assert adopt(_slots("4 6 5"), StepId(1, 5)) == _slots("- - 5")
+
+    def test_nothing_stays_where_the_restored_one_is_elsewhere(self) -> None:
+        assert adopt(_slots("3 4 5"), StepId(2, 7)) == _slots("- - -")
 
     def test_other_lineages_go(self) -> None:
-        slots = (SlotState(StepId(1, 4), True), SlotState(StepId(2, 5), True))
-        assert adopt(slots, StepId(2, 5), [StepId(2, 5)]) == (SlotState(), slots[1])
+        slots = (SlotState(StepId(1, 5), True), SlotState(StepId(2, 5), True))
+        assert adopt(slots, StepId(2, 5)) == (SlotState(), slots[1])
 
     def test_what_was_not_sealed_goes(self) -> None:
-        assert adopt(_slots("4u 5"), StepId(1, 5), [StepId(1, 4), StepId(1, 5)]) == _slots("- 5")
+        assert adopt(_slots("4u 5"), StepId(1, 5)) == _slots("- 5")
 
     def test_a_pin_stays(self) -> None:
-        assert adopt(_slots("6p 5p"), StepId(1, 5), [StepId(1, 5)]) == _slots("-p 5p")
+        assert adopt(_slots("6p 5p"), StepId(1, 5)) == _slots("-p 5p")
 
     def test_everything_goes_after_a_restore_from_storage(self) -> None:
-        assert adopt(_slots("4 5p"), None, [StepId(1, 4), StepId(1, 5)]) == _slots("- -p")
+        assert adopt(_slots("4 5p"), None) == _slots("- -p")
 
 
 def test_how_many_slots() -> None:
