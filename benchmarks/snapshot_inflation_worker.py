@@ -27,7 +27,11 @@ FIRST_STEPS = 3
 
 
 FIRST_MEASURED = 100
-"""The number that a block gives to the first of its steps that count: a multiple of any period."""
+"""The number that a block gives to the first of its snapshots that count: a multiple of any period.
+"""
+PEAK_STEPS = 4
+"""Where work ends with the step, memory is measured over as many steps as in the blocks beside it:
+the peak of more steps is higher, whatever they do."""
 
 
 class Worker:
@@ -69,6 +73,8 @@ class Worker:
         cpu_s: list[float] = []
         helpers_cpu_s: list[float] = []
         skipped = 0
+        saved = FIRST_MEASURED - plan.warm_up
+        held_bytes = (0, 0)
         for number in range(plan.warm_up + plan.measured):
             if number == plan.warm_up:
                 dist.barrier()
@@ -77,7 +83,8 @@ class Worker:
             began_s = time.monotonic()
             with main_thread.saving():
                 if number < plan.warm_up or plan.takes(number - plan.warm_up):
-                    way.after_step(FIRST_MEASURED + number - plan.warm_up)
+                    way.after_step(saved)
+                    saved += 1
             if number == 0:  # a way may bring a hook of its own with its first snapshot
                 hooks.append(
                     training.optimizer.register_step_pre_hook(lambda *_: main_thread.fence_ends())
@@ -88,6 +95,8 @@ class Worker:
             helpers_cpu_s.append(cpu_s_of(way.helpers()) - before_helpers_s)
             if number < plan.warm_up and plan.rests:
                 way.drain()
+            if not plan.paired or number < PEAK_STEPS:
+                held_bytes = peak()
         found = {
             "step_s": step_s[plan.warm_up :],
             "cpu_s": cpu_s[plan.warm_up :],
@@ -97,14 +106,16 @@ class Worker:
         }
         for hook in hooks:
             hook.remove()
-        found |= self._held(way, shared_before_bytes)
+        found |= self._held(way, held_bytes, shared_before_bytes)
         way.close()
         return found | {"details": way.details()}
 
-    def _held(self, way: Way, shared_before_bytes: int) -> dict[str, int]:
-        """Memory at the end of a block, while nothing has been let go of on any rank."""
+    def _held(
+        self, way: Way, held_bytes: tuple[int, int], shared_before_bytes: int
+    ) -> dict[str, int]:
+        """Memory of a block; at its end, while nothing has been let go of on any rank."""
         dist.barrier()
-        peak_bytes, mapped_bytes = peak()
+        peak_bytes, mapped_bytes = held_bytes
         held = {
             "peak_bytes": peak_bytes,
             "mapped_shared_bytes": mapped_bytes,
