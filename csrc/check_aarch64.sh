@@ -26,11 +26,18 @@ done
 echo "check_aarch64: ${#objects[@]} files compiled"
 
 if includes=$("$python" -c 'import nanobind, sysconfig
-print(nanobind.include_dir(), sysconfig.get_path("include"))' 2>/dev/null); then
-  read -r nanobind_include python_include <<<"$includes"
+print(nanobind.include_dir(), sysconfig.get_path("include"), sysconfig.get_config_var("MULTIARCH"))' 2>/dev/null); then
+  read -r nanobind_include python_include multiarch <<<"$includes"
+  # Debian keeps pyconfig.h in a folder per architecture. Where there is none for aarch64, that of
+  # this machine tells the same: all sizes in it are those of a 64-bit Linux.
+  version=${python_include##*/}
+  mkdir -p "$out/include/aarch64-linux-gnu"
+  if [[ -d "/usr/include/$multiarch/$version" ]]; then
+    ln -s "/usr/include/$multiarch/$version" "$out/include/aarch64-linux-gnu/$version"
+  fi
   for source in module*.cpp; do
     "$compiler" "${flags[@]}" -isystem "$nanobind_include" -isystem "$python_include" \
-      -c "$source" -o "$out/${source%.cpp}.module"
+      -isystem "$out/include" -c "$source" -o "$out/${source%.cpp}.module"
   done
   echo "check_aarch64: the Python module compiled"
 else
