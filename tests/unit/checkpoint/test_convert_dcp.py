@@ -4,6 +4,7 @@ import os
 import pickle
 import random
 import zipfile
+from enum import Enum
 from pathlib import Path
 from typing import Any
 
@@ -165,6 +166,8 @@ class Evil:
         b"\x80\x05r\xff\xff\xff\xff",  # place 2**32 of the memo
         b"cos\nsystem\n(S'true'\ntR.",
         b"(S'true'\nios\nsystem\n.",
+        b"\x80\x02cbuiltins\ngetattr\n(S'text'\nS'upper'\ntR.",
+        b"\x80\x02cbuiltins\ngetattr\n(ctorch\nfloat32\nS'itemsize'\ntR.",
     ],
 )
 def test_hostile_metadata_is_refused(tmp_path: Path, content: bytes) -> None:
@@ -172,6 +175,26 @@ def test_hostile_metadata_is_refused(tmp_path: Path, content: bytes) -> None:
     with pytest.raises(DcpFormatError):
         DcpSource(tmp_path)
     assert not os.path.exists("/tmp/everstep-was-here")
+
+
+class _OldPickler(pickle.Pickler):
+    """Writes enumerations as Python 3.11.0 to 3.11.3 does."""
+
+    def reducer_override(self, obj: Any) -> Any:
+        return (getattr, (type(obj), obj.name)) if isinstance(obj, Enum) else NotImplemented
+
+
+def test_metadata_of_any_python_is_read(tmp_path: Path) -> None:
+    state = _state()
+    folder = _plain(tmp_path / "plain", state)
+    written = folder / ".metadata"
+    metadata = pickle.loads(written.read_bytes())
+    with written.open("wb") as f:
+        _OldPickler(f).dump(metadata)
+    assert b"getattr" in written.read_bytes()
+    source = DcpSource(folder)
+    (box,) = source.chunks["model.t"]
+    assert torch.equal(source.chunk("model.t", box), state["model"]["t"])
 
 
 def test_reading_metadata_changes_no_class_of_torch(tmp_path: Path) -> None:
