@@ -87,7 +87,7 @@ def test_killed_twice_it_goes_on_bit_for_bit(
     code, output = cli.run("train", "run.yaml", "--run-dir", "straight", *SHORT, cwd=small_run)
     assert code == 0, output
     run_dir = small_run / "killed"
-    arguments = command(ray_nodes, "killed", SPREAD, *SHORT)
+    arguments = command(ray_nodes, "killed", SPREAD, *SHORT, "checkpoint.keeper_linger_s=8")
     variables = ray_nodes.environment
 
     with cli.command(*arguments, cwd=small_run, variables=variables) as run:
