@@ -1,5 +1,6 @@
 """What a person is told at the end of a run: pure functions."""
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -72,7 +73,7 @@ def restart_line(cause: Cause | None, world_size: int, restart: int, max_restart
     if cause is not None:
         ranks = (cause.rank, *cause.alike)
         who = "all ranks" if len(ranks) == world_size > 1 else name_ranks(ranks)
-        brief = cause.brief if len(ranks) == 1 else cause.brief.replace("was ", "were ", 1)
+        brief = cause.brief if len(ranks) == 1 else re.sub(r"^was ", "were ", cause.brief)
         what = f"{who} {brief}"
     return (
         f"{what}: starting all ranks again from the newest saved step, restart {restart} of "
